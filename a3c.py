@@ -1,0 +1,247 @@
+"""Train an agent to play an Atari game by A3C: edit a hyperparameter below, run `python a3c.py`, watch the curve.
+
+Four threads each play 64 games for 5 steps on their own copy of one network, turn them into one gradient, apply it to
+the shared network without waiting for the others, and copy its weights back. Running again with the same log folder
+resumes. The threads' loop is in `async_agent.py`, the network and its update in `network.py`.
+
+Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"; hiwonjoon/tf-a3c-gpu.
+"""
+
+from __future__ import annotations
+
+import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import typing
+
+import checkpoint
+from async_agent import GroupAgent, GroupFailure, Progress
+from environment import find_game, make_training_envs
+from network import Losses, SharedNetwork
+from report import Report
+from startup import tf
+
+STOP_GRACE = 6.0  # seconds that threads get to finish what they are at
+
+
+@dataclasses.dataclass
+class Config:
+    """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip none`."""
+
+    game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
+    log_dir: str = ""  # folder of the run; empty means log/<game>
+    device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
+    random_seed: int = 113  # weights, games and actions; with one thread a run repeats bit for bit
+
+    num_threads: int = 4  # groups of games, each with a thread and a copy of the network
+    agents_per_thread: int = 64  # games in a group
+    unroll_step: int = 5  # agent steps of each game per update
+    max_iteration: int = 1_000_000  # updates in all; 1 is 64 games * 5 steps = 320 agent steps = 960 frames
+    discount_factor: float = 0.99  # of the reward one agent step later
+    reward_clip: float | None = 1.0  # learn from rewards clipped to -1..1; none learns from raw scores
+
+    learning_rate: float = 2.5e-4  # at the start; falls to a tenth in a straight line over half of max_iteration
+    decay: float = 0.99  # of RMSProp's mean square, per update
+    grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off
+    entropy_beta: float = 0.01  # weight of the policy's entropy in the loss
+
+    save_period: int = 20_000  # updates between checkpoints; the newest three are kept
+    summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
+    stall_timeout: float = 300.0  # seconds without a step of some group after which the run is saved and ended
+
+    def __post_init__(self):
+        """Check every field. Raises ValueError naming the first wrong field and its value."""
+        hints = typing.get_type_hints(Config)
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
+        self.log_dir = self.log_dir or os.path.join("log", self.game)
+
+
+MAY_BE_ZERO = ("random_seed", "entropy_beta", "decay")
+AT_MOST_ONE = ("discount_factor", "decay")
+LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
+
+
+def _checked(name: str, value, kind):
+    """Return `value` as the type of its field; a text is taken as from the command line."""
+    wanted = {str: "a text", int: "a whole number", float: "a number"}.get(kind, "a number or none")
+    optional = kind not in (str, int, float)
+    try:
+        if kind is str:
+            if not isinstance(value, str):
+                raise ValueError
+            return value
+        if optional and (value is None or str(value).lower() == "none"):
+            return None
+        if isinstance(value, str):
+            value = int(value) if kind is int else float(value)
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+            raise ValueError
+        low = 0 if name in MAY_BE_ZERO else math.ulp(0.0)
+        high = 1 if name in AT_MOST_ONE else LARGEST
+        wanted += f" {'from 0' if low == 0 else 'above 0'} to {high:,}"
+        if not low <= value <= high:  # also false for NaN
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} = {value!r}: must be {wanted}") from None
+    return value if kind is int else float(value)
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with a flag for each field of Config; the comment behind a field is its help."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        comment = comments[field.name].replace("%", "%%")
+        parser.add_argument(
+            f"--{field.name}", default=field.default, metavar="X", help=f"{comment} (default: {field.default})"
+        )
+    return parser
+
+
+def config_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Config:
+    """Return the Config that parsed flags ask for; a wrong value ends the program with its ValueError's text."""
+    try:
+        return Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def train(config: Config) -> int:
+    """Train until `max_iteration` or a signal, resuming what the log folder holds. Return the exit status.
+
+    Raises:
+      ValueError: no such game or device, or the log folder holds a run of another game.
+      OSError: the log folder cannot be used, another run uses it, or the disk is full.
+      checkpoint.CheckpointError: what is in the log folder cannot be resumed.
+      GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
+    Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
+    """
+    game, device = find_game(config.game), startup.choose_device(config.device)
+    with checkpoint.run_folder(config.log_dir), tf.device(device):
+        shared = SharedNetwork(game.num_actions, config.decay, config.random_seed)
+        progress = Progress(config.num_threads, config.agents_per_thread)
+        saver = checkpoint.Saver(config.log_dir, shared, progress)
+        print(f"{game.describe()}. Training on {device.strip('/')}, into {config.log_dir}", flush=True)
+        resumed = saver.resume(warn=print)
+        _note_config(config, resuming=resumed is not None)
+        if resumed:
+            print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games", flush=True)
+        if progress.iteration >= config.max_iteration:
+            print(f"nothing to do: iteration {progress.iteration:,} of max_iteration = {config.max_iteration:,}")
+            return 0
+        with Report(config, progress) as report:
+            return _run_threads(config, game, device, shared, progress, saver, report)
+
+
+def _run_threads(config, game, device, shared, progress, saver, report) -> int:
+    """Start a thread for each group, report until they stop, save. Return the exit status."""
+    coordinator = tf.train.Coordinator()
+    agents, threads, signals = [], [], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # handled in the loop below; a second one changes nothing
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    def on_update(losses: Losses) -> None:
+        """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
+        report.add(losses)
+        if progress.iteration % config.save_period == 0:
+            saver.save()
+
+    def keep_watch(seconds: float) -> bool:
+        """Report for up to `seconds`; return whether it is time to stop."""
+        end = time.monotonic() + seconds
+        while not (signals or coordinator.should_stop()) and time.monotonic() < end:
+            coordinator.wait_for_stop(min(0.2, seconds))
+            report.show()
+            for agent in agents:
+                silent = time.monotonic() - agent.alive_at
+                if silent > config.stall_timeout:
+                    raise TimeoutError(f"group {agent.index} has not taken a step for {silent:.0f} s")
+        return bool(signals) or coordinator.should_stop()
+
+    try:
+        for index in range(config.num_threads):
+            report.status(f"building group {index + 1} of {config.num_threads}")
+            envs = make_training_envs(game, config.agents_per_thread, config.num_threads)
+            agents.append(GroupAgent(index, envs, shared, progress, config, on_update))
+            thread = threading.Thread(
+                target=agents[-1].run, args=(coordinator, device), name=f"group {index}", daemon=True
+            )
+            threads.append(thread)
+            thread.start()
+            # Building holds Python's global lock, so let the first group's first update through: learning has begun.
+            while index == 1 and progress.iteration == 0 and not keep_watch(0.05):
+                pass
+            if keep_watch(0.05):
+                break
+        report.status("")
+        while not keep_watch(60):
+            pass
+    finally:
+        coordinator.request_stop()
+        report.status("stopping")
+        try:
+            coordinator.join(threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
+        finally:
+            report.show()
+            report.write("saved " + _save_last(progress, saver))
+    return 128 + signals[0] if signals else 0
+
+
+def _save_last(progress: Progress, saver: checkpoint.Saver) -> str:
+    """Save under `last.ckpt` and return its path. Raises TimeoutError where a stalled thread keeps the lock."""
+    if not progress.lock.acquire(timeout=30):
+        raise TimeoutError("a thread that does not stop keeps the network locked; the checkpoint before this stays")
+    try:
+        return saver.save_last()
+    finally:
+        progress.lock.release()
+
+
+def _note_config(config: Config, resuming: bool) -> None:
+    """Save the config beside the checkpoints; where a run is resumed, refuse another game and name what changed."""
+    path = os.path.join(config.log_dir, checkpoint.CONFIG)
+    new = dataclasses.asdict(config)
+    if resuming and os.path.exists(path):
+        old = checkpoint.read_config(path)
+        if old["game"] != config.game:
+            raise ValueError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
+        for name in new:
+            if name in old and old[name] != new[name]:
+                print(f"changed since the last run: {name} from {old[name]} to {new[name]}")
+    with open(path, "w") as file:
+        json.dump({**new, "versions": startup.versions()}, file, indent=2)
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = config_parser(__doc__.splitlines()[0])
+    config = config_from(parser, parser.parse_args())
+    try:
+        return train(config)
+    except (GroupFailure, TimeoutError):
+        traceback.print_exc()
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        print(f"a3c.py: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    status = main()
+    if any(thread.name.startswith("group") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(status)  # a stalled thread in native code would keep the process from ending
+    sys.exit(status)

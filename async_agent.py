@@ -1,0 +1,184 @@
+"""One thread and its group of games: roll out, learn, repeat; and what all threads have done so far.
+
+Source: algorithm S3 of Mnih et al. 2016; `A3CGroupAgent` of hiwonjoon/tf-a3c-gpu, where one network plays many games
+in one thread. Written against the plain `gymnasium.vector.VectorEnv` interface with same-step autoreset.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+
+from environment import empty_history
+from network import (
+    ActorCritic,
+    Losses,
+    SharedNetwork,
+    a3c_loss,
+    clip_gradients,
+    learning_rate_at,
+    n_step_returns,
+)
+from startup import tf
+
+
+class Progress(tf.train.experimental.PythonState):
+    """What training has done so far, over all resumes. Part of every checkpoint.
+
+    `lock` guards the shared network and this object together: whoever holds it sees whole updates.
+    """
+
+    def __init__(self, num_groups: int, num_envs: int):
+        self.lock = threading.Lock()
+        self.iteration = 0  # updates of the shared network
+        self.agent_steps = 0
+        self.episodes = 0  # whole games played to their end
+        self.seconds = 0.0  # of training, before this run
+        self.started = time.monotonic()
+        self.scores = np.full([num_groups, num_envs], np.nan)  # raw score of the last whole game of each environment
+
+    def total_seconds(self) -> float:
+        """Return the seconds of training over all resumes, start-up included."""
+        return self.seconds + time.monotonic() - self.started
+
+    def recent_scores(self) -> np.ndarray:
+        """Return the last score of each environment that has ended a game, [at most groups * B]."""
+        return self.scores[~np.isnan(self.scores)]
+
+    def serialize(self) -> str:
+        """Return the state as JSON, for the checkpoint."""
+        return json.dumps(
+            {
+                "iteration": self.iteration,
+                "agent_steps": self.agent_steps,
+                "episodes": self.episodes,
+                "seconds": self.total_seconds(),
+                "scores": self.recent_scores().tolist(),
+            }
+        )
+
+    def deserialize(self, string_value: str | bytes) -> None:
+        """Take over a saved state; the number of environments may have changed since."""
+        state = json.loads(string_value)
+        self.iteration, self.agent_steps = state["iteration"], state["agent_steps"]
+        self.episodes, self.seconds = state["episodes"], state["seconds"]
+        self.started = time.monotonic()
+        kept = state["scores"][: self.scores.size]
+        self.scores.flat[: len(kept)] = kept
+
+
+class GroupFailure(Exception):
+    """An exception in a group's thread, which is its cause; the message names the group."""
+
+
+class GroupAgent:
+    """A group of games played by one copy of the network, in one thread.
+
+    Args:
+      index: number of the group, from 0.
+      envs: B games with same-step autoreset; observations [B, 1, 84, 84] uint8; rewards are raw scores.
+      shared: the network to train.
+      progress: counts the updates; its lock is held during each.
+      config: `a3c.Config`.
+      on_update: called with this update's losses while the lock is held.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        envs: gymnasium.vector.VectorEnv,
+        shared: SharedNetwork,
+        progress: Progress,
+        config,
+        on_update: Callable[[Losses], None],
+    ):
+        self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
+        self.on_update = on_update
+        self.network = ActorCritic(shared.num_actions)  # this thread's copy
+        self.network.copy_from(shared)
+        self.frame = None  # [B, 84, 84] uint8, the newest
+        self.done = np.ones(envs.num_envs, bool)  # [B], whether `frame` is the first of a game
+        self.history = empty_history(envs.num_envs)
+        self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play
+        self.seed = config.random_seed + progress.iteration  # a resumed run plays on, it does not play again
+        self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
+        self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
+
+    def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
+        """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
+        with coordinator.stop_on_exception(), tf.device(device):
+            try:
+                num_envs = self.envs.num_envs
+                frame, _ = self.envs.reset(seed=self.seed + self.index * num_envs)  # game i of the group: seed + i
+                self.frame = frame[:, -1]
+                while not coordinator.should_stop() and self.progress.iteration < self.config.max_iteration:
+                    self.iterate()
+            except Exception as error:
+                raise GroupFailure(f"group {self.index}, {type(error).__name__}: {error}") from error
+            coordinator.request_stop()
+
+    def iterate(self) -> None:
+        """Play T steps in each game and update the shared network once.
+
+        Raises:
+          FloatingPointError: logits or losses are not finite; the shared network is as it was before.
+        """
+        config, network, progress = self.config, self.network, self.progress
+        logits, values, actions, rewards, dones = [], [], [], [], []  # T items of B games each
+
+        # Act. The copy does not change during the rollout, so these very passes are differentiated below.
+        with tf.GradientTape() as tape:
+            for _ in range(config.unroll_step):
+                seed = np.array([self.seed + self.index, self.steps], np.int32)
+                self.history, logit, value, action = network.act(self.history, self.frame, self.done, seed)
+                reward = self.step(action.numpy())
+                logits.append(logit)
+                values.append(value)
+                actions.append(action)
+                rewards.append(reward)
+                dones.append(self.done)
+
+            # Returns and loss.
+            with tape.stop_recording():
+                bootstrap = network.predict_value(self.history, self.frame, self.done)
+                returns = n_step_returns(np.stack(rewards), np.stack(dones), bootstrap, config.discount_factor)
+            loss, terms = a3c_loss(logits, values, actions, returns, config.entropy_beta)
+
+        # Gradients, clipped.
+        gradients = tape.gradient(loss, network.trainable_variables)
+        gradients, gradient_norm = clip_gradients(gradients, config.grad_clip)
+        losses = Losses(*(float(x) for x in (*terms, gradient_norm)))
+        if not np.all(np.isfinite(losses)):
+            raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
+
+        # Update the shared network, then take its weights.
+        with progress.lock:
+            if progress.iteration < config.max_iteration:
+                learning_rate = learning_rate_at(progress.iteration, config.learning_rate, config.max_iteration)
+                self.shared.apply_gradients(gradients, learning_rate)
+                progress.iteration += 1
+                progress.agent_steps += config.unroll_step * self.envs.num_envs
+                self.on_update(losses)
+            network.copy_from(self.shared)
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Take one step in each game: keep the new frames, ends and scores; return the rewards to learn from [B]."""
+        if not np.all((action >= 0) & (action < self.shared.num_actions)):  # would hang the native environments
+            raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
+        frame, reward, terminated, truncated, _ = self.envs.step(action)
+        self.frame, self.done = frame[:, -1], terminated | truncated
+        self.steps += 1
+        self.alive_at = time.monotonic()
+
+        self.episode_score += reward
+        if self.done.any():
+            with self.progress.lock:
+                self.progress.scores[self.index, self.done] = self.episode_score[self.done]
+                self.progress.episodes += int(self.done.sum())
+            self.episode_score[self.done] = 0.0
+
+        clip = self.config.reward_clip
+        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32)

@@ -1,0 +1,248 @@
+"""Save, verify and resume.
+
+A run's folder holds `model.ckpt-N.*` after N updates (the newest few) and, once a run has ended, `last.ckpt.*`, which
+is a copy of the newest. Each save goes to a new name and is read back before an older one is removed, so at
+every moment there is a complete one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+
+from network import ActorCritic, SharedNetwork
+from startup import tf
+
+CONFIG = "config.json"
+LAST = "last.ckpt"
+_DATA, _INDEX = ".data-00000-of-00001", ".index"
+_KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
+_PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or of something else; the message says which and what to do."""
+
+
+@contextlib.contextmanager
+def run_folder(folder: str):
+    """Make the folder if need be and keep it for this process while the block runs.
+
+    Raises:
+      OSError: it cannot be made or written, or another run is using it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as lock:  # the system lets go of it however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"log_dir = {folder!r}: another run is using it") from None
+        yield
+
+
+def read_config(path: str) -> dict:
+    """Return what a run's `config.json` says.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    try:
+        with open(path) as file:
+            config = json.load(file)
+        config["game"]  # the one key that everything needs
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+class Saver:
+    """Saves a run into its folder and resumes it.
+
+    Args:
+      folder: the run's folder.
+      shared: the network with its RMSProp state.
+      progress: an `async_agent.Progress`. The caller holds its lock around `save`.
+      keep: how many numbered checkpoints stay.
+    """
+
+    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3):
+        self.folder, self.shared, self.progress, self.keep = folder, shared, progress, keep
+        self.checkpoint = tf.train.Checkpoint(
+            weights=shared.weights,
+            biases=shared.biases,
+            mean_squares=shared.mean_squares,
+            progress=progress,
+        )
+
+    def save(self) -> str:
+        """Write `model.ckpt-N`, read it back, remove the oldest; return its path.
+
+        Raises:
+          FloatingPointError: a weight is not finite; nothing was written.
+          OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+          CheckpointError: what was read back differs from what was written.
+        """
+        for variable in self.shared.trainable_variables:
+            if not np.all(np.isfinite(variable)):
+                raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
+        path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
+        try:
+            # Under a hidden name first: a half-written file never looks like a checkpoint.
+            unfinished = self.checkpoint.write(os.path.join(self.folder, ".unfinished"))
+            read(unfinished)
+            os.replace(unfinished + _DATA, path + _DATA)
+            os.replace(unfinished + _INDEX, path + _INDEX)
+        except tf.errors.OpError as error:
+            self.remove_unfinished()
+            raise OSError(f"cannot save {path}: {error.message.splitlines()[0]}. Earlier saves are intact") from error
+        for old in numbered(self.folder)[self.keep :]:
+            _remove(old)
+        return path
+
+    def save_last(self) -> str:
+        """Save, and copy the save to `last.ckpt`; return that path. Raises as `save` does."""
+        path, last = self.save(), os.path.join(self.folder, LAST)
+        for suffix in (_DATA, _INDEX):
+            unfinished = os.path.join(self.folder, ".unfinished" + suffix)
+            shutil.copyfile(path + suffix, unfinished)
+            os.replace(unfinished, last + suffix)
+        return last
+
+    def resume(self, warn: Callable[[str], None]) -> str | None:
+        """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
+
+        Damaged ones are named to `warn` and passed over; half-written files are removed.
+
+        Raises:
+          CheckpointError: the checkpoint is of another network, or every one of them is damaged.
+        """
+        self.remove_unfinished()
+        candidates = []
+        paths = all_checkpoints(self.folder)
+        for path in paths:
+            try:
+                candidates.append((saved_iteration(read(path)), path))
+            except CheckpointError as error:
+                warn(f"{error}; falling back to an earlier one")
+        if not candidates:
+            if paths:
+                raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
+            return None
+        path = max(candidates)[1]
+        check_fits(read(path), self.shared, path)
+        self.checkpoint.restore(path).assert_consumed()
+        return path
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed or failed save left behind."""
+        folder = glob.escape(self.folder)
+        for name in glob.glob(os.path.join(folder, ".unfinished*")):
+            _remove_file(name)
+        for name in glob.glob(os.path.join(folder, f"*.ckpt*{_DATA}")):
+            if not os.path.exists(name.removesuffix(_DATA) + _INDEX):
+                _remove_file(name)
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Read every tensor of a checkpoint, which verifies their checksums.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    try:
+        reader = tf.train.load_checkpoint(path)
+        return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    except (tf.errors.OpError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def saved_iteration(tensors: dict[str, np.ndarray]) -> int:
+    """Return after how many updates this checkpoint was saved. Raises CheckpointError if it is not one of ours."""
+    try:
+        return int(json.loads(tensors[_PROGRESS_KEY].item())["iteration"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError("not a checkpoint of this program") from error
+
+
+def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
+    """Compare a checkpoint with a network before anything is changed.
+
+    Raises:
+      CheckpointError: names the first tensor that is missing or has another shape.
+    """
+    for kind, variables in (("weights", network.weights), ("biases", network.biases)):
+        for layer, variable in variables.items():
+            found = tensors.get(f"{kind}/{layer}{_KEY}")
+            if found is None:
+                raise CheckpointError(f"{path} is not a checkpoint of this network: it has no {layer} {kind}")
+            if layer == "policy" and found.shape[-1] != network.num_actions:
+                raise CheckpointError(
+                    f"{path} is of a game with {found.shape[-1]} actions; this one has {network.num_actions}"
+                )
+            if found.shape != tuple(variable.shape):
+                raise CheckpointError(
+                    f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}"
+                )
+
+
+def load_network(path: str, network: ActorCritic) -> int:
+    """Set the weights of `network` to those of a checkpoint; return after how many updates it was saved.
+
+    Raises:
+      CheckpointError: it is missing, damaged or of another network; `network` is unchanged.
+    """
+    tensors = read(path)
+    check_fits(tensors, network, path)
+    for kind, variables in (("weights", network.weights), ("biases", network.biases)):
+        for layer, variable in variables.items():
+            variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
+    return saved_iteration(tensors)
+
+
+def resolve(path: str) -> str:
+    """Return the checkpoint that `path` means: a checkpoint, its `.index` or data file, or the folder around it.
+
+    Raises:
+      CheckpointError: there is none; lists what is there.
+    """
+    for suffix in (_INDEX, _DATA):
+        path = path.removesuffix(suffix)
+    if os.path.exists(path + _INDEX):
+        return path
+    if os.path.isdir(path):
+        found = all_checkpoints(path)
+        if found:
+            return found[0]
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    there = ", ".join(all_checkpoints(folder)) or "no checkpoint there"
+    raise CheckpointError(f"no checkpoint {path}. In {folder}: {there}")
+
+
+def all_checkpoints(folder: str) -> list[str]:
+    """Return the folder's checkpoints: `last.ckpt` first if it is there, then the numbered ones, newest first."""
+    last = os.path.join(folder, LAST)
+    return ([last] if os.path.exists(last + _INDEX) else []) + numbered(folder)
+
+
+def numbered(folder: str) -> list[str]:
+    """Return the paths of the folder's `model.ckpt-N`, newest first."""
+    found = glob.glob(os.path.join(glob.escape(folder), f"model.ckpt-*{_INDEX}"))
+    paths = [name.removesuffix(_INDEX) for name in found if name.removesuffix(_INDEX).rpartition("-")[2].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
+
+
+def _remove(path: str) -> None:
+    _remove_file(path + _INDEX)  # first: without its index the rest is no checkpoint
+    _remove_file(path + _DATA)
+
+
+def _remove_file(name: str) -> None:
+    try:
+        os.remove(name)
+    except FileNotFoundError:
+        pass

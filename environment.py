@@ -1,0 +1,147 @@
+"""Atari: what a game is, many games at once for training, one real game for watching, and the frame history.
+
+    Training                                   Watching (`a3c-test.py`)
+    AtariVectorEnv, B games in C++             gymnasium.make(game), one game
+      grey 210x160 by ALE's palette              grey 210x160 by ALE's palette
+      area resize to 84x84, uint8                area resize to 84x84, uint8   (equal within 1 grey level)
+                        \\                       /
+                      history of 4 frames [B, 84, 84] uint32
+                      bitcast -> [B, 84, 84, 4] uint8, oldest frame first
+
+Source: `async_agent.py` and `history_buffer.py` of hiwonjoon/tf-a3c-gpu; Mnih et al. 2015 for the four frames.
+"""
+
+import difflib
+import os
+import warnings
+from typing import NamedTuple
+
+import ale_py
+import gymnasium
+import numpy as np
+from ale_py.vector_env import AtariVectorEnv
+
+from startup import tf
+
+FRAME_SIZE = 84  # height and width of a frame, pixels
+
+gymnasium.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
+
+
+class Game(NamedTuple):
+    """One registered Atari game, with the settings of its Gymnasium id."""
+
+    id: str  # "Breakout-v0"
+    rom: str  # "breakout"
+    frameskip: int  # emulator frames per agent step in training
+    frameskip_range: tuple[int, int] | None  # (low, high), both included, where the id draws it at random
+    repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
+    max_frames: int  # emulator frames after which a game is cut off
+    num_actions: int
+
+    def describe(self) -> str:
+        """Return one line that says what is played, and how it differs from the registered environment."""
+        skip = f"frame-skip {self.frameskip}"
+        if self.frameskip_range:
+            low, high = self.frameskip_range
+            skip += f" (the mean of this id's random {low}..{high})"
+        return f"{self.id}: {self.num_actions} actions, {skip}, sticky actions {self.repeat_action_probability:g}"
+
+
+def find_game(game_id: str) -> Game:
+    """Look up an Atari game such as `Breakout-v0`, `SpaceInvaders-v4` or `ALE/MsPacman-v5`.
+
+    Raises:
+      ValueError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games.
+    """
+    atari = [key for key, spec in gymnasium.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
+    if game_id not in atari:
+        nearest = difflib.get_close_matches(game_id, atari, n=3, cutoff=0.4) or ["Breakout-v0", "ALE/Pong-v5"]
+        kind = "is not an Atari game" if game_id in gymnasium.registry else "is not known"
+        raise ValueError(f"game = {game_id!r} {kind}. Did you mean {', '.join(nearest)}?")
+    settings = gymnasium.spec(game_id).kwargs
+    frameskip, frameskip_range = settings["frameskip"], None
+    if not isinstance(frameskip, int):
+        frameskip_range = (frameskip[0], frameskip[1] - 1)
+        frameskip = round(sum(frameskip_range) / 2)
+    env = make_watching_env(game_id)
+    num_actions = int(env.action_space.n)
+    env.close()
+    return Game(
+        id=game_id,
+        rom=settings["game"],
+        frameskip=frameskip,
+        frameskip_range=frameskip_range,
+        repeat_action_probability=settings["repeat_action_probability"],
+        max_frames=settings["max_num_frames_per_episode"],
+        num_actions=num_actions,
+    )
+
+
+def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.vector.VectorEnv:
+    """Build `num_envs` games that run in C++ without Python's global lock, sharing the cores with the other groups.
+
+    A game that ends restarts in the same step, so every row of every step is play. Rewards are raw scores. Takes
+    about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return AtariVectorEnv(
+        game.rom,
+        num_envs,
+        num_threads=max(1, cores // num_groups),  # 0 would take every core, for each group
+        max_num_frames_per_episode=game.max_frames,
+        repeat_action_probability=game.repeat_action_probability,
+        frameskip=game.frameskip,
+        img_height=FRAME_SIZE,
+        img_width=FRAME_SIZE,
+        grayscale=True,
+        stack_num=1,  # the history is kept beside the network, so that only the newest frame travels
+        maxpool=False,
+        noop_max=0,
+        use_fire_reset=False,  # the agent learns to fire, as in the original
+        reward_clipping=False,  # its default hides the score
+        autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+    )
+
+
+def make_watching_env(game_id: str, render_mode: str | None = None) -> gymnasium.Env:
+    """Build the registered environment as it is, with its random frame-skip; observations are grey [210, 160] uint8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium advises v5 over the v0 that the original's results are for
+        return gymnasium.make(game_id, obs_type="grayscale", render_mode=render_mode)
+
+
+def preprocess(screen: np.ndarray) -> np.ndarray:
+    """Resize a grey screen [H, W] uint8 to the [84, 84] uint8 that the training environments give, by exact area."""
+    height, width = screen.shape
+    resized = _area_weights(height) @ screen.astype(np.float32) @ _area_weights(width).T
+    return np.rint(resized).astype(np.uint8)
+
+
+def _area_weights(size: int) -> np.ndarray:
+    """Return [84, size]: the share of each source pixel in each of the 84 equal stretches it is cut into."""
+    edges = np.arange(FRAME_SIZE + 1) * size / FRAME_SIZE
+    pixels = np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(overlap, 0) * FRAME_SIZE / size).astype(np.float32)
+
+
+# The history of a game is a shift register: four uint8 frames in one uint32, the newest in the highest byte.
+
+
+def empty_history(num_envs: int) -> tf.Tensor:
+    """Return [B, 84, 84] uint32 zeros: four black frames for each game."""
+    return tf.zeros([num_envs, FRAME_SIZE, FRAME_SIZE], tf.uint32)
+
+
+def push_frame(history: tf.Tensor, frame: tf.Tensor, done: tf.Tensor) -> tf.Tensor:
+    """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied first where `done` [B] bool."""
+    history = tf.where(done[:, None, None], tf.zeros_like(history), history)
+    history = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32))
+    return tf.bitwise.bitwise_or(history, tf.bitwise.left_shift(tf.cast(frame, tf.uint32), tf.constant(24, tf.uint32)))
+
+
+def history_to_frames(history: tf.Tensor) -> tf.Tensor:
+    """View `history` [B, 84, 84] uint32 as [B, 84, 84, 4] uint8 frames, oldest first, without moving a byte."""
+    return tf.bitcast(history, tf.uint8)

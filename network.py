@@ -1,0 +1,182 @@
+"""The actor-critic network, the n-step returns, the loss, the clip and the shared RMSProp update.
+
+Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4 and supplement 3;
+`network.py` of hiwonjoon/tf-a3c-gpu for the layers, the initial weights and the average-norm clip.
+
+Shapes: T steps of an unroll, B games of a group, A actions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from environment import FRAME_SIZE, history_to_frames, push_frame
+from startup import tf
+
+WEIGHT_STDDEV = 0.02
+RMSPROP_EPSILON = 1e-10  # inside the square root
+
+
+class ActorCritic(tf.Module):
+    """Two convolutions and a hidden layer under a policy head and a value head."""
+
+    def __init__(self, num_actions: int, seed: int = 0):
+        super().__init__()
+        self.num_actions = num_actions
+        flat = (FRAME_SIZE // 8 + 1) ** 2 * 64  # SAME padding rounds up: 84 -> 21 -> 11
+        shapes = {
+            "conv1": [8, 8, 4, 32],
+            "conv2": [4, 4, 32, 64],
+            "hidden": [flat, 256],
+            "policy": [256, num_actions],
+            "value": [256, 1],
+        }
+        self.weights, self.biases = {}, {}
+        for index, (layer, shape) in enumerate(shapes.items()):
+            normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
+            self.weights[layer] = tf.Variable(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), name=layer)
+            self.biases[layer] = tf.Variable(tf.zeros(shape[-1:]), name=f"{layer}_bias")
+
+    def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels enter as 0..255."""
+        x = tf.cast(history_to_frames(history), tf.float32)
+        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, 32]
+        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 64]
+        x = tf.reshape(x, [x.shape[0], -1])
+        x = tf.nn.relu(x @ self.weights["hidden"] + self.biases["hidden"])  # [B, 256]
+        logits = x @ self.weights["policy"] + self.biases["policy"]
+        value = x @ self.weights["value"] + self.biases["value"]
+        return logits, tf.squeeze(value, axis=1)
+
+    @tf.function(autograph=False)
+    def act(self, history, frame, done, seed):
+        """Take in the newest frame and draw an action for each game.
+
+        Args:
+          history: [B, 84, 84] uint32, the frames before.
+          frame: [B, 84, 84] uint8, the newest.
+          done: [B] bool, whether `frame` is the first of a new game.
+          seed: [2] int32; the same seed draws the same actions.
+
+        Returns:
+          history [B, 84, 84], logits [B, A], value [B], action [B] int64. Logits that are not finite give actions
+          out of range.
+        """
+        history = push_frame(history, frame, done)
+        logits, value = self(history)
+        action = tf.random.stateless_categorical(logits, 1, seed)
+        return history, logits, value, tf.squeeze(action, axis=1)
+
+    @tf.function(autograph=False)
+    def predict_value(self, history, frame, done):
+        """Return the value [B] of the state that `frame` leads to; arguments as for `act`."""
+        return self(push_frame(history, frame, done))[1]
+
+    @tf.function(autograph=False)
+    def copy_from(self, other: "ActorCritic"):
+        """Set all weights to those of `other`."""
+        for mine, theirs in zip(self.trainable_variables, other.trainable_variables, strict=True):
+            mine.assign(theirs)
+
+
+class Losses(NamedTuple):
+    """What one update minimised, scalars. Entropy is positive, and the loss contains minus `entropy_beta` times it."""
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    gradient_norm: float  # global norm before the clip
+
+
+@tf.function(autograph=False)
+def n_step_returns(rewards: tf.Tensor, dones: tf.Tensor, bootstrap: tf.Tensor, discount: float) -> tf.Tensor:
+    """Return R_t = r_t + discount * R_{t+1}, with R_T = bootstrap and no look across the end of a game.
+
+    rewards [T, B] float32, dones [T, B] bool, bootstrap [B] float32 -> [T, B] float32. Paper, algorithm S3.
+    """
+    returns, following = [], bootstrap
+    for reward, done in zip(reversed(tf.unstack(rewards)), reversed(tf.unstack(dones)), strict=True):
+        following = reward + discount * tf.where(done, 0.0, following)
+        returns.append(following)
+    return tf.stack(returns[::-1])
+
+
+def policy_loss(logits: tf.Tensor, actions: tf.Tensor, advantages: tf.Tensor) -> tf.Tensor:
+    """Return -mean(log pi(a|s) * advantage); no gradient goes through the advantages."""
+    negative_log_prob = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=actions, logits=logits)
+    return tf.reduce_mean(negative_log_prob * tf.stop_gradient(advantages))
+
+
+def value_loss(advantages: tf.Tensor) -> tf.Tensor:
+    """Return mean(advantage ** 2)."""
+    return tf.reduce_mean(tf.square(advantages))
+
+
+def mean_entropy(logits: tf.Tensor) -> tf.Tensor:
+    """Return the mean entropy of the policies in logits [..., A], in nats."""
+    return tf.reduce_mean(-tf.reduce_sum(tf.nn.softmax(logits) * tf.nn.log_softmax(logits), axis=-1))
+
+
+@tf.function(autograph=False)
+def a3c_loss(logits, values, actions, returns, entropy_beta: float):
+    """Return the loss of a rollout and its three terms, all scalars.
+
+    logits: T tensors [B, A]; values: T tensors [B]; actions: T tensors [B] int64; returns: [T, B] float32.
+    """
+    logits, actions = tf.stack(logits), tf.stack(actions)
+    advantages = returns - tf.stack(values)
+    policy, value, entropy = policy_loss(logits, actions, advantages), value_loss(advantages), mean_entropy(logits)
+    return policy + value - entropy_beta * entropy, (policy, value, entropy)
+
+
+def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
+    """Scale `gradient` down so that its L2 norm divided by its number of elements is at most `clip`."""
+    average_norm = tf.norm(gradient) / tf.cast(tf.size(gradient), gradient.dtype)
+    return gradient * (clip / tf.maximum(average_norm, clip))
+
+
+@tf.function(autograph=False)
+def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None):
+    """Return each gradient clipped by its own average norm (as it is where clip is None), and their global norm."""
+    norm = tf.linalg.global_norm(gradients)
+    return gradients if clip is None else [clip_by_average_norm(g, clip) for g in gradients], norm
+
+
+class SharedNetwork(ActorCritic):
+    """The network that all threads train, with the state of its RMSProp.
+
+    RMSProp is TensorFlow 1's, as in the original: the mean square starts at one (not zero) and epsilon stands inside
+    the square root. Keras' starts at zero and its first step is about ten times larger.
+    """
+
+    def __init__(self, num_actions: int, decay: float, seed: int = 0):
+        super().__init__(num_actions, seed)
+        self.decay = decay
+        variables = self.trainable_variables
+        self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
+        self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
+
+    @tf.function(autograph=False)
+    def apply_gradients(self, gradients, learning_rate):
+        """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""
+        for variable, mean_square, momentum, gradient in zip(
+            self.trainable_variables, self.mean_squares, self.momenta, gradients, strict=True
+        ):
+            tf.raw_ops.ResourceApplyRMSProp(
+                var=variable.handle,
+                ms=mean_square.handle,
+                mom=momentum.handle,
+                lr=learning_rate,
+                rho=self.decay,
+                momentum=0.0,
+                epsilon=RMSPROP_EPSILON,
+                grad=gradient,
+                use_locking=True,
+            )
+
+
+def learning_rate_at(iteration: int, start: float, max_iteration: int) -> np.float32:
+    """Return the learning rate: from `start` down to a tenth of it in a straight line over half of `max_iteration`."""
+    passed = min(1.0, iteration / max(1, max_iteration // 2))
+    return np.float32(start * (1.0 - 0.9 * passed))

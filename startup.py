@@ -1,0 +1,93 @@
+"""What every command does first: check the packages, import TensorFlow quietly, choose the device."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+
+# Package -> the oldest version that works; the same bounds as in requirements.txt.
+REQUIRED = {
+    "numpy": "1.26",
+    "tensorflow": "2.21",
+    "tensorboard": "2.20",
+    "gymnasium": "1.2",
+    "ale-py": "0.12",
+    "pillow": "10.0",
+    "tqdm": "4.66",
+    "matplotlib": "3.8",
+    "av": "13.0",
+}
+
+
+def check_packages(required: dict[str, str] = REQUIRED) -> None:
+    """Exit with one line that names the first package that is missing or too old."""
+    for package, oldest in required.items():
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found is None or _major_minor(found) < _major_minor(oldest):
+            state = "is not installed" if found is None else f"{found} is too old"
+            sys.exit(f"{package} {state}: {package}>={oldest} is needed. Run: pip install -r requirements.txt")
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """Hold back what C++ writes to stderr inside the block; show it all the same if the block fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(kept, held_back.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+check_packages()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+with _quiet_stderr():  # the import prints a dozen lines before any log level applies
+    import tensorflow as tf
+
+
+def choose_device(device: str) -> str:
+    """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name and set TensorFlow up for it.
+
+    Call it once, before anything is computed: thread counts cannot change afterwards.
+
+    Raises:
+      ValueError: `device` is not one of those names, or there is no such GPU.
+    """
+    kind, _, number = device.lower().partition(":")
+    if kind not in ("auto", "cpu", "gpu") or (number and (kind != "gpu" or not number.isdecimal())):
+        raise ValueError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
+    with _quiet_stderr():  # without a driver it prints an error on its way to "no GPU"
+        gpus = tf.config.list_physical_devices("GPU")
+    if kind == "gpu" and len(gpus) <= int(number or 0):
+        raise ValueError(
+            f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
+            "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
+        )
+    # Parallelism comes from the groups of environments, which all compute at once: one thread per operation is fastest.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    return f"/GPU:{number or 0}" if gpus and kind != "cpu" else "/CPU:0"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    packages = ("tensorflow", "gymnasium", "ale-py", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
