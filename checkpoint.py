@@ -164,8 +164,8 @@ def read(path: str) -> dict[str, np.ndarray]:
 def saved_iteration(tensors: dict[str, np.ndarray]) -> int:
     """Return after how many updates this checkpoint was saved. Raises CheckpointError if it is not one of ours."""
     try:
-        return int(json.loads(tensors[_PROGRESS_KEY].item())["iteration"])
-    except (KeyError, ValueError) as error:
+        return int(json.loads(tensors[_PROGRESS_KEY])["iteration"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError("not a checkpoint of this program") from error
 
 
@@ -242,7 +242,5 @@ def _remove(path: str) -> None:
 
 
 def _remove_file(name: str) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.remove(name)
-    except FileNotFoundError:
-        pass

@@ -1,10 +1,10 @@
-"""Atari: what a game is, many games at once for training, one real game for watching, and the frame history.
+r"""Atari: what a game is, many games at once for training, one real game for watching, and the frame history.
 
     Training                                   Watching (`a3c-test.py`)
     AtariVectorEnv, B games in C++             gymnasium.make(game), one game
       grey 210x160 by ALE's palette              grey 210x160 by ALE's palette
       area resize to 84x84, uint8                area resize to 84x84, uint8   (equal within 1 grey level)
-                        \\                       /
+                        \                       /
                       history of 4 frames [B, 84, 84] uint32
                       bitcast -> [B, 84, 84, 4] uint8, oldest frame first
 
@@ -114,17 +114,8 @@ def make_watching_env(game_id: str, render_mode: str | None = None) -> gymnasium
 
 def preprocess(screen: np.ndarray) -> np.ndarray:
     """Resize a grey screen [H, W] uint8 to the [84, 84] uint8 that the training environments give, by exact area."""
-    height, width = screen.shape
-    resized = _area_weights(height) @ screen.astype(np.float32) @ _area_weights(width).T
-    return np.rint(resized).astype(np.uint8)
-
-
-def _area_weights(size: int) -> np.ndarray:
-    """Return [84, size]: the share of each source pixel in each of the 84 equal stretches it is cut into."""
-    edges = np.arange(FRAME_SIZE + 1) * size / FRAME_SIZE
-    pixels = np.arange(size)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (np.maximum(overlap, 0) * FRAME_SIZE / size).astype(np.float32)
+    resized = tf.image.resize(screen[None, :, :, None], [FRAME_SIZE, FRAME_SIZE], "area")
+    return np.rint(resized[0, :, :, 0]).astype(np.uint8)
 
 
 # The history of a game is a shift register: four uint8 frames in one uint32, the newest in the highest byte.

@@ -1,0 +1,177 @@
+"""Watch a trained agent play: `python a3c-test.py --model ./models/breakout-v0/last.ckpt --out /tmp/result`.
+
+Plays the registered Gymnasium environment as it is, with its random frame-skip and sticky actions; prints every
+game's raw score; writes `results.json` and a video, `play.mp4`, into --out.
+"""
+
+import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+import av
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+import checkpoint
+from environment import empty_history, find_game, make_watching_env, preprocess
+from network import ActorCritic
+from startup import tf
+
+EMULATOR_FPS = 60
+VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's flags; a wrong value ends the program with a message that names it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="./models/breakout-v0/last.ckpt", help="a checkpoint, or a run's folder (%(default)s)")
+    add("--out", default="/tmp/result", help="folder for results.json and play.mp4 (%(default)s)")
+    add("--game", help="an Atari id of Gymnasium; by default what the config.json beside the checkpoint says")
+    add("--device", default="auto", help="auto, cpu, gpu or gpu:N (%(default)s)")
+    add("--iter", type=int, default=100, help="games to play (%(default)s)")
+    add("--policy", choices=["greedy", "softmax"], default="greedy", help="the likeliest action, or one drawn from pi")
+    add(
+        "--epsilon",
+        type=float,
+        default=0.01,
+        help="greedy only: share of random actions, as the original (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="game i is played with seed + i (%(default)s)")
+    add("--film", type=int, default=1, help="games in the video, from the first on (%(default)s)")
+    add("--render", action="store_true", help="show ALE's window, at the speed of the console")
+    arguments = parser.parse_args()
+    for name, low, high in (("iter", 1, 2**31), ("epsilon", 0, 1), ("seed", 0, 2**31 - 2**20), ("film", 0, 2**31)):
+        if not low <= getattr(arguments, name) <= high:
+            parser.error(f"{name} = {getattr(arguments, name)}: must be from {low} to {high:,}")
+    if arguments.render and sys.platform == "linux" and not (os.getenv("DISPLAY") or os.getenv("WAYLAND_DISPLAY")):
+        parser.error("--render: there is no display (DISPLAY is not set). Leave it out and look at play.mp4 instead")
+    return arguments
+
+
+@contextlib.contextmanager
+def open_video(path: str, height: int, width: int, frames_per_second: float) -> Iterator:
+    """Yield a function that adds an RGB screen [H, W, 3] uint8 to an H.264 file, which is written as it goes.
+
+    Raises:
+      OSError: the file cannot be written, or this build of PyAV has no H.264 encoder.
+    """
+    if "libx264" not in av.codecs_available:
+        raise OSError("no H.264 encoder in PyAV: pip install --upgrade --only-binary=:all: av, or give --film 0")
+    # Fragments: a video that is cut short still plays, and nothing is kept in memory until the end.
+    with av.open(path, "w", options={"movflags": "frag_keyframe+empty_moov+default_base_moof"}) as container:
+        stream = container.add_stream("libx264", rate=round(frames_per_second), options={"crf": "23"})
+        stream.height, stream.width = height * VIDEO_SCALE, width * VIDEO_SCALE
+        stream.pix_fmt = "yuv420p"  # what browsers show
+
+        def add(screen: np.ndarray) -> None:
+            screen = screen.repeat(VIDEO_SCALE, axis=0).repeat(VIDEO_SCALE, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(screen, format="rgb24")))
+
+        yield add
+        container.mux(stream.encode())
+
+
+def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.random.Generator) -> int:
+    """Return an action for logits [A]: drawn from their softmax, or the likeliest but for a share of random ones.
+
+    Raises:
+      FloatingPointError: the logits are not finite.
+    """
+    if not np.all(np.isfinite(logits)):
+        raise FloatingPointError("the network's logits are not finite: this checkpoint cannot play")
+    if policy == "softmax":
+        probabilities = np.exp(logits - logits.max(), dtype=np.float64)
+        return int(rng.choice(len(logits), p=probabilities / probabilities.sum()))
+    return int(rng.integers(len(logits))) if rng.random() < epsilon else int(logits.argmax())
+
+
+def play_game(env: gymnasium.Env, network: ActorCritic, seed: int, policy: str, epsilon: float, film) -> float:
+    """Play one whole game and return its raw score; `film` is called with each RGB screen [H, W, 3], unless None."""
+    rng = np.random.default_rng(seed)
+    screen, _ = env.reset(seed=seed)
+    history, done, score = empty_history(1), True, 0.0
+    while True:
+        if film:
+            film(env.unwrapped.ale.getScreenRGB())
+        history, logits, _, _ = network.act(history, preprocess(screen)[None], np.array([done]), np.zeros(2, np.int32))
+        action = choose_action(logits[0].numpy(), policy, epsilon, rng)
+        screen, reward, terminated, truncated, _ = env.step(action)
+        done, score = False, score + float(reward)
+        if terminated or truncated:
+            return score
+
+
+def main() -> int:
+    """Load, play, print, write. Return the exit status."""
+    arguments = parse_arguments()
+    model = checkpoint.resolve(arguments.model)
+    game_id = arguments.game or checkpoint.read_config(os.path.join(os.path.dirname(model), checkpoint.CONFIG))["game"]
+    game, device = find_game(game_id), startup.choose_device(arguments.device)
+    with tf.device(device):
+        network = ActorCritic(game.num_actions)
+        iteration = checkpoint.load_network(model, network)
+        print(f"{game.id}, {model} after {iteration:,} updates, {arguments.policy}, on {device.strip('/')}", flush=True)
+
+        os.makedirs(arguments.out, exist_ok=True)
+        results_path = os.path.join(arguments.out, "results.json")
+        open(results_path, "a").close()  # a folder that cannot be written is found out before playing
+        film_path = os.path.join(arguments.out, "play.mp4")
+        scores, status = [], 0
+        with contextlib.ExitStack() as stack:
+            env = make_watching_env(game.id, "human" if arguments.render else None)
+            stack.callback(env.close)
+            film = None
+            if arguments.film:
+                size = env.unwrapped.ale.getScreenDims()
+                film = stack.enter_context(open_video(film_path, *size, EMULATOR_FPS / game.frameskip))
+            bar = stack.enter_context(tqdm(total=arguments.iter, unit="game", dynamic_ncols=True))
+            try:
+                for number in range(arguments.iter):
+                    seed = arguments.seed + number
+                    filmed = film if number < arguments.film else None
+                    scores.append(play_game(env, network, seed, arguments.policy, arguments.epsilon, filmed))
+                    bar.write(f"game {number + 1}: {scores[-1]:g}")
+                    bar.set_postfix_str(f"mean {np.mean(scores):.1f}", refresh=False)
+                    bar.update()
+            except KeyboardInterrupt:
+                status = 130  # the games so far count
+    if not scores:
+        return status
+    summary = {
+        "mean": np.mean(scores),
+        "standard_deviation": np.std(scores),
+        "median": np.median(scores),
+        "maximum": np.max(scores),
+        "minimum": np.min(scores),
+    }
+    print(f"{len(scores)} games: " + ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items()))
+    results = {
+        "game": game.id,
+        "model": os.path.basename(model),
+        "iteration": iteration,
+        "policy": arguments.policy,
+        "epsilon": arguments.epsilon if arguments.policy == "greedy" else None,
+        "games": len(scores),
+        **{name: round(float(x), 2) for name, x in summary.items()},
+        "scores": scores,
+        "seeds": [arguments.seed + number for number in range(len(scores))],
+        "versions": startup.versions(),
+    }
+    with open(results_path, "w") as file:
+        json.dump(results, file, indent=2)
+    print(f"wrote {results_path}" + (f" and {film_path}" if arguments.film else ""))
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, FloatingPointError, checkpoint.CheckpointError) as error:
+        sys.exit(f"a3c-test.py: error: {error}")
