@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-from environment import empty_history, find_game, make_watching_env, preprocess
+from environment import empty_history, find_game, make_watching_env, preprocess, push_frame
 from network import ActorCritic
 from startup import tf
 
@@ -96,16 +96,16 @@ def play_game(env: gymnasium.Env, network: ActorCritic, seed: int, policy: str, 
     """Play one whole game and return its raw score; `film` is called with each RGB screen [H, W, 3], unless None."""
     rng = np.random.default_rng(seed)
     screen, _ = env.reset(seed=seed)
-    history, done, score = empty_history(1), True, 0.0
-    while True:
+    history, same_game, score, ended = empty_history(1), np.array([False]), 0.0, False
+    while not ended:
         if film:
             film(env.unwrapped.ale.getScreenRGB())
-        history, logits, _, _ = network.act(history, preprocess(screen)[None], np.array([done]), np.zeros(2, np.int32))
+        history = push_frame(history, preprocess(screen)[None], same_game)
+        logits, _, _ = network.act(history, np.zeros(2, np.int32))
         action = choose_action(logits[0].numpy(), policy, epsilon, rng)
         screen, reward, terminated, truncated, _ = env.step(action)
-        done, score = False, score + float(reward)
-        if terminated or truncated:
-            return score
+        score, ended = score + float(reward), terminated or truncated
+    return score
 
 
 def main() -> int:

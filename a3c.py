@@ -185,7 +185,10 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
                 pass
             if keep_watch(0.05):
                 break
+        while not keep_watch(0.2) and not all(agent.steps >= config.unroll_step for agent in agents):
+            pass
         report.status("")
+        report.write(f"all groups play and learn, {progress.total_seconds() - progress.seconds:.0f} s after the start")
         while not keep_watch(60):
             pass
     finally:

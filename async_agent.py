@@ -12,7 +12,7 @@ from collections.abc import Callable
 import gymnasium
 import numpy as np
 
-from environment import empty_history
+from environment import empty_history, push_frame
 from network import (
     ActorCritic,
     Losses,
@@ -99,9 +99,7 @@ class GroupAgent:
         self.on_update = on_update
         self.network = ActorCritic(shared.num_actions)  # this thread's copy
         self.network.copy_from(shared)
-        self.frame = None  # [B, 84, 84] uint8, the newest
-        self.done = np.ones(envs.num_envs, bool)  # [B], whether `frame` is the first of a game
-        self.history = empty_history(envs.num_envs)
+        self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
         self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play
         self.seed = config.random_seed + progress.iteration  # a resumed run plays on, it does not play again
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
@@ -111,14 +109,19 @@ class GroupAgent:
         """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
         with coordinator.stop_on_exception(), tf.device(device):
             try:
-                num_envs = self.envs.num_envs
-                frame, _ = self.envs.reset(seed=self.seed + self.index * num_envs)  # game i of the group: seed + i
-                self.frame = frame[:, -1]
+                if self.history is None:
+                    self.reset()
                 while not coordinator.should_stop() and self.progress.iteration < self.config.max_iteration:
                     self.iterate()
             except Exception as error:
                 raise GroupFailure(f"group {self.index}, {type(error).__name__}: {error}") from error
             coordinator.request_stop()
+
+    def reset(self) -> None:
+        """Start all games."""
+        num_envs = self.envs.num_envs
+        frame, _ = self.envs.reset(seed=self.seed + self.index * num_envs)  # game i of the group gets seed + i
+        self.history = push_frame(empty_history(num_envs), frame[:, -1], np.ones(num_envs, bool))
 
     def iterate(self) -> None:
         """Play T steps in each game and update the shared network once.
@@ -133,17 +136,17 @@ class GroupAgent:
         with tf.GradientTape() as tape:
             for _ in range(config.unroll_step):
                 seed = np.array([self.seed + self.index, self.steps], np.int32)
-                self.history, logit, value, action = network.act(self.history, self.frame, self.done, seed)
-                reward = self.step(action.numpy())
+                logit, value, action = network.act(self.history, seed)
+                reward, done = self.step(action.numpy())
                 logits.append(logit)
                 values.append(value)
                 actions.append(action)
                 rewards.append(reward)
-                dones.append(self.done)
+                dones.append(done)
 
             # Returns and loss.
             with tape.stop_recording():
-                bootstrap = network.predict_value(self.history, self.frame, self.done)
+                bootstrap = network.predict_value(self.history)
                 returns = n_step_returns(np.stack(rewards), np.stack(dones), bootstrap, config.discount_factor)
             loss, terms = a3c_loss(logits, values, actions, returns, config.entropy_beta)
 
@@ -164,21 +167,29 @@ class GroupAgent:
                 self.on_update(losses)
             network.copy_from(self.shared)
 
-    def step(self, action: np.ndarray) -> np.ndarray:
-        """Take one step in each game: keep the new frames, ends and scores; return the rewards to learn from [B]."""
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take one step in each game; keep the new history and the scores.
+
+        Returns:
+          The rewards to learn from, [B] float32, and whether a game ended, [B] bool.
+
+        Raises:
+          FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
+        """
         if not np.all((action >= 0) & (action < self.shared.num_actions)):  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
         frame, reward, terminated, truncated, _ = self.envs.step(action)
-        self.frame, self.done = frame[:, -1], terminated | truncated
+        done = terminated | truncated
+        self.history = push_frame(self.history, frame[:, -1], done)
         self.steps += 1
         self.alive_at = time.monotonic()
 
         self.episode_score += reward
-        if self.done.any():
+        if done.any():
             with self.progress.lock:
-                self.progress.scores[self.index, self.done] = self.episode_score[self.done]
-                self.progress.episodes += int(self.done.sum())
-            self.episode_score[self.done] = 0.0
+                self.progress.scores[self.index, done] = self.episode_score[done]
+                self.progress.episodes += int(done.sum())
+            self.episode_score[done] = 0.0
 
         clip = self.config.reward_clip
-        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32)
+        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32), done

@@ -135,7 +135,7 @@ class Saver:
             return None
         path = max(candidates)[1]
         check_fits(read(path), self.shared, path)
-        self.checkpoint.restore(path).assert_consumed()
+        self.checkpoint.read(path).assert_consumed()
         return path
 
     def remove_unfinished(self) -> None:

@@ -126,8 +126,12 @@ def empty_history(num_envs: int) -> tf.Tensor:
     return tf.zeros([num_envs, FRAME_SIZE, FRAME_SIZE], tf.uint32)
 
 
+@tf.function(autograph=False)
 def push_frame(history: tf.Tensor, frame: tf.Tensor, done: tf.Tensor) -> tf.Tensor:
-    """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied first where `done` [B] bool."""
+    """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied first where `done` [B] bool.
+
+    `done` says that `frame` is the first of a new game.
+    """
     history = tf.where(done[:, None, None], tf.zeros_like(history), history)
     history = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32))
     return tf.bitwise.bitwise_or(history, tf.bitwise.left_shift(tf.cast(frame, tf.uint32), tf.constant(24, tf.uint32)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from environment import FRAME_SIZE, history_to_frames, push_frame
+from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
@@ -50,28 +50,24 @@ class ActorCritic(tf.Module):
         return logits, tf.squeeze(value, axis=1)
 
     @tf.function(autograph=False)
-    def act(self, history, frame, done, seed):
-        """Take in the newest frame and draw an action for each game.
+    def act(self, history, seed):
+        """Draw an action for each game.
 
         Args:
-          history: [B, 84, 84] uint32, the frames before.
-          frame: [B, 84, 84] uint8, the newest.
-          done: [B] bool, whether `frame` is the first of a new game.
+          history: [B, 84, 84] uint32.
           seed: [2] int32; the same seed draws the same actions.
 
         Returns:
-          history [B, 84, 84], logits [B, A], value [B], action [B] int64. Logits that are not finite give actions
-          out of range.
+          logits [B, A], value [B], action [B] int32. Logits that are not finite give actions out of range.
         """
-        history = push_frame(history, frame, done)
         logits, value = self(history)
-        action = tf.random.stateless_categorical(logits, 1, seed)
-        return history, logits, value, tf.squeeze(action, axis=1)
+        action = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)
+        return logits, value, tf.squeeze(action, axis=1)
 
     @tf.function(autograph=False)
-    def predict_value(self, history, frame, done):
-        """Return the value [B] of the state that `frame` leads to; arguments as for `act`."""
-        return self(push_frame(history, frame, done))[1]
+    def predict_value(self, history):
+        """Return the value [B] of `history` [B, 84, 84] uint32."""
+        return self(history)[1]
 
     @tf.function(autograph=False)
     def copy_from(self, other: "ActorCritic"):
@@ -122,7 +118,7 @@ def mean_entropy(logits: tf.Tensor) -> tf.Tensor:
 def a3c_loss(logits, values, actions, returns, entropy_beta: float):
     """Return the loss of a rollout and its three terms, all scalars.
 
-    logits: T tensors [B, A]; values: T tensors [B]; actions: T tensors [B] int64; returns: [T, B] float32.
+    logits: T tensors [B, A]; values: T tensors [B]; actions: T tensors [B] int32; returns: [T, B] float32.
     """
     logits, actions = tf.stack(logits), tf.stack(actions)
     advantages = returns - tf.stack(values)
