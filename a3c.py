@@ -185,10 +185,12 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
                 pass
             if keep_watch(0.05):
                 break
-        while not keep_watch(0.2) and not all(agent.steps >= config.unroll_step for agent in agents):
+        report.status("starting the last group")
+        while not keep_watch(0.2) and not all(agent.steps > config.unroll_step for agent in agents):
             pass
         report.status("")
-        report.write(f"all groups play and learn, {progress.total_seconds() - progress.seconds:.0f} s after the start")
+        first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
+        report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
         while not keep_watch(60):
             pass
     finally:

@@ -51,6 +51,7 @@ class Report:
         self.config, self.progress = config, progress
         self.rows = collections.deque()  # finished, not yet written
         self.losses = []  # since the last row
+        self.first_update = None  # when
         self.row_time, self.row_steps = None, 0  # of the last row
         self.recent = collections.deque(maxlen=50)  # (seconds, agent steps), the last 10 s at 5 a second
         path = os.path.join(config.log_dir, "progress.csv")
@@ -85,8 +86,9 @@ class Report:
         """Count one update; the caller holds the progress lock. Makes a row every `summary_period` updates."""
         progress = self.progress
         self.losses.append(losses)
-        if self.row_time is None:
-            self.row_time, self.row_steps = time.monotonic(), progress.agent_steps
+        if self.first_update is None:
+            self.first_update = self.row_time = time.monotonic()
+            self.row_steps = progress.agent_steps
         if progress.iteration % self.config.summary_period:
             return
         now, scores = time.monotonic(), progress.recent_scores()

@@ -6,6 +6,9 @@ import os
 import platform
 import sys
 import tempfile
+import time
+
+STARTED = time.monotonic()  # of the command
 
 # Package -> the oldest version that works; the same bounds as in requirements.txt.
 REQUIRED = {
