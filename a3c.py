@@ -161,13 +161,15 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
     def keep_watch(seconds: float) -> bool:
         """Report for up to `seconds`; return whether it is time to stop."""
         end = time.monotonic() + seconds
-        while not (signals or coordinator.should_stop()) and time.monotonic() < end:
+        while not (signals or coordinator.should_stop()) and (now := time.monotonic()) < end:
             coordinator.wait_for_stop(min(0.2, seconds))
             report.show()
+            asleep = time.monotonic() - now
             for agent in agents:
-                silent = time.monotonic() - agent.alive_at
-                if silent > config.stall_timeout:
-                    raise TimeoutError(f"group {agent.index} has not taken a step for {silent:.0f} s")
+                if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
+                    agent.alive_at += asleep
+                elif time.monotonic() - agent.alive_at > config.stall_timeout:
+                    raise TimeoutError(f"group {agent.index} has not taken a step for {config.stall_timeout:.0f} s")
         return bool(signals) or coordinator.should_stop()
 
     try:
@@ -186,11 +188,12 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
             if keep_watch(0.05):
                 break
         report.status("starting the last group")
-        while not keep_watch(0.2) and not all(agent.steps > config.unroll_step for agent in agents):
-            pass
+        while not keep_watch(0.2):
+            if all(agent.steps > config.unroll_step for agent in agents):
+                first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
+                report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
+                break
         report.status("")
-        first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
-        report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
         while not keep_watch(60):
             pass
     finally:

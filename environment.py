@@ -132,9 +132,8 @@ def push_frame(history: tf.Tensor, frame: tf.Tensor, done: tf.Tensor) -> tf.Tens
 
     `done` says that `frame` is the first of a new game.
     """
-    history = tf.where(done[:, None, None], tf.zeros_like(history), history)
-    history = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32))
-    return tf.bitwise.bitwise_or(history, tf.bitwise.left_shift(tf.cast(frame, tf.uint32), tf.constant(24, tf.uint32)))
+    kept = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32)) * tf.cast(~done, tf.uint32)[:, None, None]
+    return kept + tf.cast(frame, tf.uint32) * tf.constant(2**24, tf.uint32)
 
 
 def history_to_frames(history: tf.Tensor) -> tf.Tensor:
