@@ -157,7 +157,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     try:
         reader = tf.train.load_checkpoint(path)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-    except (tf.errors.OpError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+    except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
 
 
@@ -242,5 +242,7 @@ def _remove(path: str) -> None:
 
 
 def _remove_file(name: str) -> None:
+    if os.path.isdir(name):  # TensorFlow writes into a folder beside the name it was given, first
+        shutil.rmtree(name)
     with contextlib.suppress(FileNotFoundError):
         os.remove(name)

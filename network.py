@@ -58,7 +58,7 @@ class ActorCritic(tf.Module):
           seed: [2] int32; the same seed draws the same actions.
 
         Returns:
-          logits [B, A], value [B], action [B] int32. Logits that are not finite give actions out of range.
+          logits [B, A], value [B], action [B] int32. Logits none of which is finite give actions out of range.
         """
         logits, value = self(history)
         action = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)

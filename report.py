@@ -100,7 +100,9 @@ class Report:
             "average_score": scores.mean() if scores.size else math.nan,
             "maximum_score": scores.max() if scores.size else math.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),
-            "learning_rate": learning_rate_at(progress.iteration, self.config.learning_rate, self.config.max_iteration),
+            "learning_rate": learning_rate_at(
+                progress.iteration - 1, self.config.learning_rate, self.config.max_iteration
+            ),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }
         self.rows.append(row)

@@ -1,0 +1,329 @@
+"""A group of games on fake environments with known rewards and ends; two tests play the real Breakout."""
+
+import collections
+import threading
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import ScriptedEnv
+
+import environment
+import network
+from async_agent import GroupAgent, GroupFailure, Progress
+from environment import find_game, history_to_frames, make_training_envs
+from network import ActorCritic, SharedNetwork, learning_rate_at
+from startup import tf
+
+NUM_ACTIONS = 4
+NOOP = np.zeros(2, np.int32)
+
+
+def make_agent(env, config, *, index=0, shared=None, progress=None, on_update=lambda losses: None):
+    """Return an agent whose games have begun."""
+    shared = shared or SharedNetwork(NUM_ACTIONS, config.decay, config.random_seed)
+    progress = progress or Progress(config.num_threads, env.num_envs)
+    agent = GroupAgent(index, env, shared, progress, config, on_update)
+    agent.reset()
+    return agent
+
+
+def record_updates(agent):
+    """Let the agent's updates change nothing; return the list that they go into, as (gradients, learning rate)."""
+    updates = []
+    agent.shared.apply_gradients = lambda gradients, rate: updates.append(([g.numpy() for g in gradients], rate))
+    return updates
+
+
+def all_weights(shared):
+    return [v.numpy() for v in (*shared.trainable_variables, *shared.mean_squares)]
+
+
+def count_traces(agent):
+    functions = [environment.push_frame, network.n_step_returns, network.a3c_loss, network.clip_gradients]
+    functions += [agent.network.act, agent.network.predict_value, agent.network.copy_from, agent.shared.apply_gradients]
+    return [function.experimental_get_tracing_count() for function in functions]
+
+
+# Rewards and scores.
+
+
+def test_scores_are_the_raw_sums_of_whole_games(make_config):
+    rewards = [[5, 0], [-2, 10], [0.5, 20], [7, 30], [1, 40]]
+    ends = [[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]]
+    agent = make_agent(ScriptedEnv(rewards, ends), make_config())
+    assert agent.progress.recent_scores().size == 0
+    for _ in range(5):
+        agent.step(NOOP)
+    np.testing.assert_array_equal(agent.progress.scores, [[3.5, 60]])
+    assert agent.progress.episodes == 2
+    for _ in range(3):
+        agent.step(NOOP)
+    np.testing.assert_array_equal(agent.progress.scores, [[7 + 1 + 5 - 2 + 0.5, 60]])
+    assert agent.progress.episodes == 3
+
+
+def test_game_that_is_cut_off_counts_as_ended(make_config):
+    agent = make_agent(ScriptedEnv([[3, 4]], cuts=[[1, 0]]), make_config())
+    _, done = agent.step(NOOP)
+    np.testing.assert_array_equal(done, [True, False])
+    np.testing.assert_array_equal(agent.progress.recent_scores(), [3])
+
+
+def test_scores_of_a_group_go_into_its_own_row(make_config):
+    progress = Progress(2, 2)
+    agent = make_agent(ScriptedEnv([[3, 4]], [[1, 1]]), make_config(num_threads=2), index=1, progress=progress)
+    agent.step(NOOP)
+    np.testing.assert_array_equal(progress.scores, [[np.nan, np.nan], [3, 4]])
+
+
+@pytest.mark.parametrize("clip, learned", [(1.0, [1, -1]), (2.5, [2.5, -0.25]), (None, [30, -0.25])])
+def test_rewards_to_learn_from_are_clipped_as_asked(make_config, clip, learned):
+    raw = [30, -4] if clip == 1.0 else [30, -0.25]
+    agent = make_agent(ScriptedEnv([raw], [[1, 1]]), make_config(reward_clip=clip))
+    reward, _ = agent.step(NOOP)
+    assert reward.dtype == np.float32
+    np.testing.assert_array_equal(reward, np.float32(learned))
+    np.testing.assert_array_equal(agent.progress.scores, [raw])
+
+
+# The rollout.
+
+
+def test_history_is_emptied_where_a_game_ended(make_config):
+    env = ScriptedEnv(np.zeros([3, 2]), [[0, 0], [1, 0], [0, 0]])
+    agent = make_agent(env, make_config())
+    for _ in range(3):
+        agent.step(NOOP)
+    found = history_to_frames(agent.history).numpy()  # [B, 84, 84, 4]
+    black = np.zeros([84, 84])
+    np.testing.assert_array_equal(found[0], np.stack([black, black, env.frames[2, 0], env.frames[3, 0]], axis=-1))
+    np.testing.assert_array_equal(found[1], np.stack(env.frames[:, 1], axis=-1))
+
+
+def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config):
+    """The whole rollout again by loops: histories, actions, returns cut at ends, one batch through a fresh network."""
+    config = make_config(grad_clip=None, discount_factor=0.9, entropy_beta=0.05)
+    rewards = np.array([[1, 0], [0, -3], [0.5, 0], [0, 1], [1, 0.25]])
+    ends = np.array([[0, 0], [0, 1], [0, 0], [0, 0], [1, 0]], bool)
+    env = ScriptedEnv(rewards, ends)
+    agent = make_agent(env, config)
+    updates = record_updates(agent)
+    agent.iterate()
+
+    states, black = [], np.zeros([84, 84], np.uint8)
+    queues = [collections.deque([black] * 4, maxlen=4) for _ in range(2)]
+    for step in range(6):
+        for game, queue in enumerate(queues):
+            if step and ends[step - 1, game]:
+                queue.extend([black] * 4)
+            queue.append(env.frames[step, game])
+        states.append([np.stack(queue, axis=-1).view(np.uint32)[..., 0] for queue in queues])
+    fresh = ActorCritic(NUM_ACTIONS, config.random_seed)
+    following = fresh(tf.constant(np.stack(states[5])))[1].numpy()
+    returns = np.zeros([5, 2], np.float32)
+    for step in reversed(range(5)):
+        following = np.clip(rewards[step], -1, 1) + 0.9 * np.where(ends[step], 0, following)
+        returns[step] = following
+
+    with tf.GradientTape() as tape:
+        logits, values = fresh(tf.constant(np.concatenate(states[:5])))  # [T * B, ...]
+        log_probs = tf.math.log_softmax(logits)
+        advantages = returns.ravel() - values
+        chosen = tf.gather(log_probs, np.concatenate(env.actions), axis=1, batch_dims=1)
+        policy_loss = -tf.reduce_mean(chosen * advantages.numpy())
+        entropy = -tf.reduce_mean(tf.reduce_sum(tf.exp(log_probs) * log_probs, axis=1))
+        loss = policy_loss + tf.reduce_mean(advantages**2) - 0.05 * entropy
+    expected = tape.gradient(loss, fresh.trainable_variables)
+    ((found, _),) = updates
+    for one, other in zip(found, expected, strict=True):
+        scale = float(tf.reduce_max(tf.abs(other)))
+        assert scale > 0
+        np.testing.assert_allclose(one, other, atol=1e-4 * scale)
+
+
+def test_gradients_are_clipped_before_the_update(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(grad_clip=1e-9))
+    updates = record_updates(agent)
+    agent.iterate()
+    average_norms = [np.linalg.norm(gradient) / gradient.size for gradient in updates[0][0]]
+    np.testing.assert_allclose(average_norms, 1e-9, rtol=1e-3)
+
+
+def test_update_takes_the_learning_rate_of_its_iteration(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(learning_rate=1e-3, max_iteration=4))
+    updates = record_updates(agent)
+    for _ in range(4):
+        agent.iterate()
+    assert [rate for _, rate in updates] == [learning_rate_at(i, 1e-3, 4) for i in range(4)]
+
+
+def test_copy_equals_the_shared_network_after_an_update(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
+    before = all_weights(agent.shared)
+    agent.iterate()
+    assert any(np.any(v != old) for v, old in zip(all_weights(agent.shared), before, strict=True))
+    for mine, theirs in zip(agent.network.trainable_variables, agent.shared.trainable_variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_progress_counts_updates_and_agent_steps_and_reports_each_with_the_lock_held(make_config):
+    reported = []
+    agent = make_agent(
+        ScriptedEnv(np.ones([5, 2])),
+        make_config(unroll_step=3),
+        on_update=lambda losses: reported.append((agent.progress.iteration, agent.progress.lock.locked(), losses)),
+    )
+    for _ in range(4):
+        agent.iterate()
+    assert agent.progress.iteration == 4
+    assert agent.progress.agent_steps == 4 * 3 * 2
+    assert len(agent.envs.actions) == 4 * 3
+    assert [(number, locked) for number, locked, _ in reported] == [(n, True) for n in (1, 2, 3, 4)]
+    assert all(np.all(np.isfinite(losses)) for _, _, losses in reported)
+
+
+def test_nothing_is_traced_again_after_the_first_update(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([7, 2]), np.eye(7, 2)), make_config())
+    agent.iterate()
+    before = count_traces(agent)
+    for _ in range(3):
+        agent.iterate()
+    assert count_traces(agent) == before
+
+
+# Threads.
+
+
+def run_threads(agents):
+    """Run each agent in a thread until all have stopped; raise what a thread raised."""
+    coordinator = tf.train.Coordinator()
+    threads = [threading.Thread(target=a.run, args=(coordinator, "/CPU:0"), daemon=True) for a in agents]
+    for thread in threads:
+        thread.start()
+    coordinator.join(threads, stop_grace_period_secs=30)
+
+
+def test_groups_together_make_exactly_max_iteration_updates(make_config):
+    config = make_config(num_threads=3, max_iteration=7)
+    shared, progress = SharedNetwork(NUM_ACTIONS, config.decay), Progress(3, 2)
+    agents = [
+        make_agent(ScriptedEnv(np.ones([5, 2])), config, index=index, shared=shared, progress=progress)
+        for index in range(3)
+    ]
+    run_threads(agents)
+    assert progress.iteration == 7
+    assert progress.agent_steps == 7 * 5 * 2
+
+
+def test_groups_are_seeded_apart_and_a_resumed_run_differs_from_its_start(make_config):
+    config, progress = make_config(num_threads=2, random_seed=100), Progress(2, 2)
+    envs = [ScriptedEnv(np.ones([5, 2])) for _ in range(3)]
+    make_agent(envs[0], config, index=0, progress=progress)
+    make_agent(envs[1], config, index=1, progress=progress)
+    progress.iteration = 1000
+    make_agent(envs[2], config, index=0, progress=progress)
+    assert [env.seeds for env in envs] == [[100], [102], [1100]]
+
+
+def test_exception_in_an_environment_stops_all_groups_and_is_the_cause_of_a_group_failure(make_config):
+    class Broken(ScriptedEnv):
+        def step(self, actions):
+            if len(self.actions) == 12:
+                raise KeyError("cable pulled")
+            return super().step(actions)
+
+    config = make_config(num_threads=2, max_iteration=1_000_000)
+    shared, progress = SharedNetwork(NUM_ACTIONS, config.decay), Progress(2, 2)
+    agents = [
+        make_agent(kind(np.ones([5, 2])), config, index=index, shared=shared, progress=progress)
+        for index, kind in enumerate((ScriptedEnv, Broken))
+    ]
+    with pytest.raises(GroupFailure, match="group 1, KeyError: 'cable pulled'") as failure:
+        run_threads(agents)
+    assert isinstance(failure.value.__cause__, KeyError)
+
+
+def test_loss_that_is_not_finite_raises_and_leaves_the_shared_network_unchanged(make_config):
+    agent = make_agent(ScriptedEnv([[1, 1], [np.nan, 1]]), make_config())
+    before = all_weights(agent.shared)
+    with pytest.raises(FloatingPointError, match="iteration 0: not finite"):
+        agent.iterate()
+    for one, other in zip(all_weights(agent.shared), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert agent.progress.iteration == 0
+
+
+def test_policy_that_is_not_finite_raises_before_its_actions_reach_the_games(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
+    agent.network.biases["policy"].assign(tf.fill([NUM_ACTIONS], np.nan))
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        agent.iterate()
+    assert agent.envs.actions == []
+
+
+def test_policy_with_one_logit_that_is_not_finite_raises_and_changes_nothing(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
+    before = all_weights(agent.shared)
+    agent.network.biases["policy"].assign([np.nan, 0, 0, 0])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        agent.iterate()
+    for one, other in zip(all_weights(agent.shared), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# Whole runs.
+
+
+def test_one_thread_repeats_bit_for_bit_with_the_same_seed(make_config):
+    game = find_game("Breakout-v0")
+
+    def train(seed):
+        config = make_config(random_seed=seed)
+        losses = []
+        agent = make_agent(make_training_envs(game, 2, 1), config, on_update=losses.append)
+        for _ in range(6):
+            agent.iterate()
+        return losses, all_weights(agent.shared)
+
+    one, same, other = train(1), train(1), train(2)
+    assert one[0] == same[0]
+    for mine, theirs in zip(one[1], same[1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert one[0] != other[0]
+
+
+class CueEnv(gymnasium.vector.VectorEnv):
+    """Each frame shows a white band in one of four places; the action of that number pays 1. A game is ten steps."""
+
+    def __init__(self, num_envs):
+        self.num_envs, self.rng = num_envs, np.random.default_rng(0)
+        self.steps, self.paid = 0, []  # the mean reward of each step
+
+    def show(self):
+        self.cue = self.rng.integers(0, NUM_ACTIONS, self.num_envs)
+        rows = np.arange(84) // 21  # band of each row
+        shown = (rows == self.cue[:, None]) * np.uint8(255)
+        return np.broadcast_to(shown[:, None, :, None], [self.num_envs, 1, 84, 84])
+
+    def reset(self, *, seed=None, options=None):
+        return self.show(), {}
+
+    def step(self, actions):
+        reward = (actions == self.cue).astype(np.float64)
+        self.paid.append(reward.mean())
+        self.steps += 1
+        ended = np.full(self.num_envs, self.steps % 10 == 0)
+        return self.show(), reward, ended, np.zeros(self.num_envs, bool), {}
+
+
+def test_agent_learns_to_do_what_the_frame_shows(make_config):
+    """Chance pays 0.25 a step. With the original's rates it is near 0.97 after 140 updates, whatever the seed."""
+    config = make_config(agents_per_thread=16, discount_factor=0.5, max_iteration=1_000_000)
+    env = CueEnv(16)
+    agent = make_agent(env, config)
+    for _ in range(140):
+        agent.iterate()
+    assert np.mean(env.paid[:25]) < 0.5
+    assert np.mean(env.paid[-100:]) > 0.9
+    assert np.mean(agent.progress.recent_scores()) > 9

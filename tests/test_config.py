@@ -1,0 +1,146 @@
+"""Hyperparameters: defaults, wrong values, and the flags that are made of them."""
+
+import dataclasses
+import math
+import os
+import re
+
+import pytest
+
+import a3c
+from a3c import Config
+
+FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Config)}
+TEXTS = [name for name, kind in FIELDS.items() if kind == "str"]
+COUNTS = [name for name, kind in FIELDS.items() if kind == "int"]
+NUMBERS = [name for name in FIELDS if name not in TEXTS]
+OPTIONAL = [name for name, kind in FIELDS.items() if "None" in kind]
+MAY_BE_ZERO = ["random_seed", "entropy_beta", "decay"]
+
+WRONG = (
+    [(name, value) for name in NUMBERS for value in (-1, math.nan, math.inf, "many", "", "nan", True, [3])]
+    + [(name, 0) for name in NUMBERS if name not in MAY_BE_ZERO]
+    + [(name, value) for name in COUNTS for value in (2.5, "2.5", 4.0, 2**31, 10**400)]
+    + [(name, None) for name in NUMBERS if name not in OPTIONAL]
+    + [(name, value) for name in ("discount_factor", "decay") for value in (1.01, "2")]
+    + [(name, value) for name in TEXTS for value in (3, None)]
+    + [("log_dir", f"log{character}") for character in "*?[]"]
+)
+
+
+def parse(*flags):
+    """Return the Config of a command line."""
+    parser = a3c.config_parser("test")
+    return a3c.config_from(parser, parser.parse_args([*flags]))
+
+
+def test_defaults_are_the_originals():
+    config = Config()
+    config.stall_timeout = config.device = None  # not in the original
+    assert dataclasses.asdict(config) == {
+        "game": "Breakout-v0",
+        "log_dir": os.path.join("log", "Breakout-v0"),
+        "device": None,
+        "random_seed": 113,
+        "num_threads": 4,
+        "agents_per_thread": 64,
+        "unroll_step": 5,
+        "max_iteration": 1_000_000,
+        "discount_factor": 0.99,
+        "reward_clip": 1.0,
+        "learning_rate": 2.5e-4,
+        "decay": 0.99,
+        "grad_clip": 0.1,
+        "entropy_beta": 0.01,
+        "save_period": 20_000,
+        "summary_period": 100,
+        "stall_timeout": None,
+    }
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_wrong_value_raises_naming_field_and_value(name, value):
+    with pytest.raises(ValueError) as error:
+        Config(**{name: value})
+    assert re.match(rf"{name} = '?{re.escape(str(value))}(\.0)?'?: must be ", str(error.value))
+
+
+@pytest.mark.parametrize("name", MAY_BE_ZERO)
+def test_zero_is_taken_where_it_has_a_meaning(name):
+    assert getattr(Config(**{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize("name", ["discount_factor", "decay"])
+def test_one_is_the_most_for_a_factor(name):
+    assert getattr(Config(**{name: 1}), name) == 1
+
+
+@pytest.mark.parametrize("name", ["reward_clip", "grad_clip"])
+def test_clips_can_be_turned_off_and_nothing_else(name):
+    assert OPTIONAL == ["reward_clip", "grad_clip"]
+    assert getattr(Config(**{name: None}), name) is None
+    assert getattr(parse(f"--{name}", "none"), name) is None
+    assert getattr(parse(f"--{name}=None"), name) is None
+
+
+def test_texts_are_read_as_from_the_command_line():
+    config = Config(num_threads="2", learning_rate="1e-3", grad_clip="0.5")
+    assert (config.num_threads, config.learning_rate, config.grad_clip) == (2, 1e-3, 0.5)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_the_type_of_their_field(name):
+    wanted = int if name in COUNTS else float
+    assert type(getattr(Config(**{name: 1}), name)) is wanted
+    assert type(getattr(parse(f"--{name}", "1"), name)) is wanted
+
+
+def test_log_dir_is_named_after_the_game_unless_it_is_given():
+    assert Config(game="ALE/Pong-v5").log_dir == os.path.join("log", "ALE/Pong-v5")
+    assert Config(game="ALE/Pong-v5", log_dir="here").log_dir == "here"
+
+
+# Flags.
+
+
+def test_command_line_without_flags_gives_the_defaults():
+    assert parse() == Config()
+
+
+def test_every_field_is_a_flag():
+    values = {name: "0.5" if name not in COUNTS else "7" for name in NUMBERS}
+    values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu"}
+    assert values.keys() == FIELDS.keys()
+    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
+    assert parse(*flags) == Config(**values)
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name in NUMBERS for value in ("-1", "nan", "inf", "many", "", "true")]
+)
+def test_wrong_flag_exits_with_2_naming_field_and_value(name, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(f"--{name}={value}")
+    assert stopped.value.code == 2
+    assert re.search(rf"error: {name} = '?{value}(\.0)?'?: must be ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flags", [["--num_worker", "3"], ["--num_thread", "3"], ["--lr=1"], ["3"], ["--num_threads"]])
+def test_unknown_shortened_and_empty_flags_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags)
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_every_flag_has_a_help_text_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        after = shown.partition(f"--{field.name} X ")[2]
+        text, found, _ = after.partition(f" (default: {field.default})")
+        assert found
+        assert len(text) > 5
+        assert "--" not in text

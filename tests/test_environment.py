@@ -1,0 +1,183 @@
+"""Games, pixels and the frame history; the emulator is the real one."""
+
+import collections
+
+import gymnasium
+import numpy as np
+import pytest
+
+import environment
+from environment import find_game
+
+
+@pytest.fixture
+def native():
+    """Return a function that builds the training environment of a game, one copy on one core, changed as asked."""
+    built = []
+
+    def build(game_id, num_envs=1, **changes):
+        built.append(environment.make_training_envs(find_game(game_id)._replace(**changes), num_envs, num_groups=1000))
+        return built[-1]
+
+    yield build
+    for env in built:
+        env.close()
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    "game_id, rom, frameskip, frameskip_range, sticky, num_actions",
+    [
+        ("Breakout-v0", "breakout", 3, (2, 4), 0.25, 4),
+        ("Pong-v0", "pong", 3, (2, 4), 0.25, 6),
+        ("SpaceInvaders-v4", "space_invaders", 3, (2, 4), 0.0, 6),
+        ("ALE/MsPacman-v5", "ms_pacman", 4, None, 0.25, 9),
+        ("BreakoutNoFrameskip-v4", "breakout", 1, None, 0.0, 4),
+    ],
+)
+def test_game_has_the_settings_of_its_registration(game_id, rom, frameskip, frameskip_range, sticky, num_actions):
+    expected = (game_id, rom, frameskip, frameskip_range, sticky, 108_000, num_actions)
+    assert tuple(find_game(game_id)) == expected
+
+
+def test_description_of_a_game_says_that_its_random_frameskip_is_a_mean():
+    assert "frame-skip 3 (the mean of this id's random 2..4)" in find_game("Breakout-v0").describe()
+    assert find_game("ALE/MsPacman-v5").describe() == "ALE/MsPacman-v5: 9 actions, frame-skip 4, sticky actions 0.25"
+
+
+@pytest.mark.parametrize("name, near", [("Breakout", "Breakout-v0"), ("Pnog-v0", "Pong-v0"), ("", "Breakout-v0")])
+def test_unknown_game_raises_naming_near_ones(name, near):
+    with pytest.raises(ValueError, match=f"{name!r} is not known. Did you mean .*{near}"):
+        find_game(name)
+
+
+def test_game_that_is_not_atari_raises_naming_atari_ones():
+    with pytest.raises(ValueError, match=r"'CartPole-v1' is not an Atari game. Did you mean \w+-v\d"):
+        find_game("CartPole-v1")
+
+
+# Pixels.
+
+
+def area_resize(screen):
+    """Resize [H, W] to [84, 84] by repeating each pixel 84 times each way and averaging whole blocks."""
+    height, width = screen.shape
+    rows = np.repeat(screen.astype(np.float64), 84, axis=0).reshape(84, height, width).mean(1)
+    return np.repeat(rows, 84, axis=1).reshape(84, 84, width).mean(2)
+
+
+def test_preprocess_averages_equal_areas():
+    screen = np.random.default_rng(0).integers(0, 256, [210, 160], np.uint8)
+    frame = environment.preprocess(screen)
+    assert frame.dtype == np.uint8
+    assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
+
+
+def test_preprocess_keeps_white_white():
+    np.testing.assert_array_equal(environment.preprocess(np.full([210, 160], 255, np.uint8)), np.full([84, 84], 255))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Gymnasium's, of v0
+@pytest.mark.parametrize("game_id", ["Breakout-v0", "Pong-v0", "SpaceInvaders-v4"])
+def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, game_id):
+    """Without sticky actions and with one frame-skip both play the same game: up to one grey level, for 200 steps."""
+    game = find_game(game_id)
+    envs = native(game_id, repeat_action_probability=0.0)
+    watching = gymnasium.make(game_id, obs_type="grayscale", frameskip=game.frameskip, repeat_action_probability=0.0)
+    frame, _ = envs.reset(seed=3)
+    screen, _ = watching.reset(seed=3)
+    rng = np.random.default_rng(1)
+    differences, paid = [np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max()], 0
+    for step in range(200):
+        action = int(rng.integers(game.num_actions))
+        frame, reward, terminated, _, info = envs.step(np.array([action]))
+        screen, same_reward, same_terminated, _, same_info = watching.step(action)
+        assert (reward[0], terminated[0], info["lives"][0]) == (same_reward, same_terminated, same_info["lives"])
+        paid += abs(same_reward)
+        if step % 8 == 0:
+            differences.append(np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max())
+    watching.close()
+    assert frame.std() > 5  # there is something to see
+    assert paid > 0
+    assert max(differences) <= 1
+
+
+def test_watching_environment_has_the_registered_random_frameskip():
+    env = environment.make_watching_env("Breakout-v0")
+    screen, _ = env.reset(seed=1)
+    frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
+    env.close()
+    assert screen.shape == (210, 160)
+    assert screen.dtype == np.uint8
+    assert set(np.diff(frames)) == {2, 3, 4}
+
+
+# The training environment.
+
+
+def test_training_frames_are_one_uint8_image_of_84_by_84_each(native):
+    frame, _ = native("Breakout-v0", num_envs=2).reset(seed=1)
+    assert frame.shape == (2, 1, 84, 84)
+    assert frame.dtype == np.uint8
+
+
+def test_training_rewards_are_raw_scores(native):
+    envs = native("SpaceInvaders-v4")
+    envs.reset(seed=1)
+    rng = np.random.default_rng(0)
+    rewards = {float(envs.step(rng.integers(0, 6, 1))[1][0]) for _ in range(300)}
+    assert max(rewards) >= 5  # the lowest row of invaders pays 5, the next 10
+
+
+def test_game_is_cut_off_after_max_frames_of_the_emulator(native):
+    envs = native("Breakout-v0", frameskip=3, max_frames=30)
+    envs.reset(seed=1)
+    ends = [bool(envs.step(np.array([0]))[3][0]) for _ in range(20)]
+    assert [step for step, truncated in enumerate(ends, 1) if truncated] == [10, 20]
+
+
+def test_game_that_ends_restarts_in_the_same_step(native):
+    envs = native("Breakout-v0", frameskip=3, max_frames=30, repeat_action_probability=0.0)
+    first, _ = envs.reset(seed=1)
+    for _ in range(10):
+        frame, _, _, truncated, info = envs.step(np.array([0]))
+    assert truncated[0]
+    assert info["episode_frame_number"][0] == 0
+    np.testing.assert_array_equal(frame, first)
+    assert envs.step(np.array([0]))[4]["episode_frame_number"][0] == 3
+
+
+def test_group_of_games_is_seeded_game_by_game(native):
+    def play(num_envs, seed):
+        envs = native("Breakout-v0", num_envs=num_envs)
+        envs.reset(seed=seed)
+        return np.stack([envs.step(np.full(num_envs, 1 + step % 3))[0][:, 0] for step in range(40)])
+
+    pair, second = play(2, 7), play(1, 8)
+    np.testing.assert_array_equal(pair[:, 1], second[:, 0])
+    assert np.any(pair[:, 0] != pair[:, 1])  # sticky actions are drawn by the seed
+
+
+# The history.
+
+
+def test_history_holds_the_last_four_frames_oldest_first_and_black_before_the_game_began():
+    num_games, steps = 3, 12
+    rng = np.random.default_rng(2)
+    frames = rng.integers(1, 256, [steps, num_games, 84, 84], np.uint8)
+    first_of_a_game = rng.random([steps, num_games]) < 0.25
+    black = np.zeros([84, 84], np.uint8)
+    expected = [collections.deque([black] * 4, maxlen=4) for _ in range(num_games)]
+    history = environment.empty_history(num_games)
+    for frame, done in zip(frames, first_of_a_game, strict=True):
+        history = environment.push_frame(history, frame, done)
+        for game, queue in enumerate(expected):
+            if done[game]:
+                queue.extend([black] * 4)
+            queue.append(frame[game])
+        found = environment.history_to_frames(history)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, [np.stack(queue, axis=-1) for queue in expected])
+    assert first_of_a_game.any(axis=0).all()

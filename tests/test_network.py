@@ -1,0 +1,325 @@
+"""The arithmetic against slow NumPy loops written from the formulas, and against TensorFlow 1's optimiser."""
+
+import numpy as np
+import pytest
+
+import network as net
+from startup import tf
+
+T, B, A = 5, 3, 4  # unroll steps, games, actions
+
+
+@pytest.fixture
+def rollout():
+    """Return a random rollout: logits [T, B, A], values, actions, rewards, dones [T, B], bootstrap [B]."""
+    rng = np.random.default_rng(1)
+    return {
+        "logits": rng.normal(0, 2, [T, B, A]).astype(np.float32),
+        "values": rng.normal(0, 2, [T, B]).astype(np.float32),
+        "actions": rng.integers(0, A, [T, B]),
+        "rewards": rng.normal(0, 1, [T, B]).astype(np.float32),
+        "dones": np.array([[0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]], bool),
+        "bootstrap": rng.normal(0, 3, [B]).astype(np.float32),
+    }
+
+
+def random_history(num_games=2):
+    """Return a history [B, 84, 84] uint32 of noise."""
+    return tf.constant(np.random.default_rng(3).integers(0, 2**32, [num_games, 84, 84], np.uint32))
+
+
+def log_softmax(row):
+    return row - row.max() - np.log(np.sum(np.exp(row - row.max())))
+
+
+# Returns.
+
+
+def test_returns_equal_the_discounted_sum_up_to_the_end_of_the_game(rollout):
+    discount = 0.9
+    expected = np.zeros([T, B])
+    for b in range(B):
+        for t in range(T):
+            weight = 1.0
+            for k in range(t, T):
+                expected[t, b] += weight * rollout["rewards"][k, b]
+                weight *= discount
+                if rollout["dones"][k, b]:
+                    break
+            else:
+                expected[t, b] += weight * rollout["bootstrap"][b]
+    found = net.n_step_returns(rollout["rewards"], rollout["dones"], rollout["bootstrap"], discount)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_returns_ignore_a_bootstrap_behind_the_end_of_a_game():
+    found = net.n_step_returns(
+        np.ones([2, 1], np.float32), np.array([[False], [True]]), np.float32([np.inf]), np.float32(0.5)
+    )
+    np.testing.assert_array_equal(found, [[1.5], [1.0]])
+
+
+# Loss.
+
+
+def test_loss_terms_equal_the_formulas_written_as_loops(rollout):
+    returns = rollout["rewards"]
+    policy, value, entropy = [], [], []
+    for t in range(T):
+        for b in range(B):
+            log_prob = log_softmax(rollout["logits"][t, b].astype(np.float64))
+            advantage = float(returns[t, b]) - float(rollout["values"][t, b])
+            policy.append(-log_prob[rollout["actions"][t, b]] * advantage)
+            value.append(advantage**2)
+            entropy.append(-np.sum(np.exp(log_prob) * log_prob))
+    expected = np.mean(policy), np.mean(value), np.mean(entropy)
+
+    loss, terms = net.a3c_loss(
+        list(rollout["logits"]), list(rollout["values"]), list(rollout["actions"]), returns, 0.01
+    )
+    np.testing.assert_allclose([float(x) for x in terms], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, expected[0] + expected[1] - 0.01 * expected[2], rtol=1e-5)
+
+
+def test_gradient_of_the_loss_equals_the_one_derived_by_hand(rollout):
+    beta, returns = 0.05, rollout["rewards"]
+    by_logits, by_values = np.zeros([T, B, A]), np.zeros([T, B])
+    for t in range(T):
+        for b in range(B):
+            log_prob = log_softmax(rollout["logits"][t, b].astype(np.float64))
+            prob = np.exp(log_prob)
+            advantage = float(returns[t, b]) - float(rollout["values"][t, b])
+            chosen = np.arange(A) == rollout["actions"][t, b]
+            entropy = -np.sum(prob * log_prob)
+            # d(-log p_chosen)/dlogit_i = p_i - [i chosen]; dH/dlogit_i = -p_i (log p_i + H)
+            by_logits[t, b] = ((prob - chosen) * advantage + beta * prob * (log_prob + entropy)) / (T * B)
+            by_values[t, b] = -2 * advantage / (T * B)
+
+    logits, values = tf.constant(rollout["logits"]), tf.constant(rollout["values"])
+    with tf.GradientTape() as tape:
+        tape.watch([logits, values])
+        loss, _ = net.a3c_loss(
+            tf.unstack(logits), tf.unstack(values), tf.unstack(tf.constant(rollout["actions"])), returns, beta
+        )
+    found = tape.gradient(loss, [logits, values])
+    np.testing.assert_allclose(found[0], by_logits, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[1], by_values, rtol=1e-4, atol=1e-6)
+
+
+def test_policy_loss_sends_no_gradient_into_the_values(rollout):
+    values = tf.constant(rollout["values"])
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        loss = net.policy_loss(rollout["logits"], rollout["actions"], rollout["rewards"] - values)
+    assert tape.gradient(loss, values) is None
+
+
+@pytest.mark.parametrize("logits, entropy", [([0.0] * 4, np.log(4)), ([0.0, -1e4, -1e4, -1e4], 0.0)])
+def test_entropy_is_positive_and_in_nats_from_certain_to_uniform(logits, entropy):
+    np.testing.assert_allclose(net.mean_entropy(tf.constant([logits])), entropy, atol=1e-6)
+
+
+# Clip.
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_clip_bounds_each_tensors_norm_per_element(scale):
+    rng = np.random.default_rng(0)
+    gradients = [scale * rng.normal(size=shape).astype(np.float32) for shape in ([3, 4], [5], [1])]
+    clip = 0.1
+    expected = []
+    for gradient in gradients:
+        average_norm = np.sqrt(sum(x * x for x in gradient.ravel().tolist())) / gradient.size
+        expected.append(gradient * (clip / average_norm) if average_norm > clip else gradient)
+
+    found, norm = net.clip_gradients([tf.constant(g) for g in gradients], clip)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    np.testing.assert_allclose(norm, np.sqrt(sum(np.sum(np.square(g)) for g in gradients)), rtol=1e-5)
+
+
+def test_clip_leaves_a_gradient_of_zeros_at_zero():
+    (found,), norm = net.clip_gradients([tf.zeros([3])], 0.1)
+    np.testing.assert_array_equal(found, np.zeros(3))
+    assert float(norm) == 0
+
+
+def test_clip_none_leaves_gradients_as_they_are():
+    gradients = [tf.constant([1e3, -1e3]), tf.constant([[7.0]])]
+    found, norm = net.clip_gradients(gradients, None)
+    for one, other in zip(found, gradients, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(norm, np.sqrt(2e6 + 49), rtol=1e-6)
+
+
+# The update.
+
+
+def random_gradients(variables, rng):
+    return [tf.constant(rng.normal(0, 10.0 ** rng.integers(-4, 1), v.shape).astype(np.float32)) for v in variables]
+
+
+def test_update_equals_tensorflow_1s_rmsprop():
+    shared = net.SharedNetwork(A, decay=0.99, seed=1)
+    others = [tf.Variable(v) for v in shared.trainable_variables]
+    rates = np.float32([2.5e-4, 2e-4, 1e-3, 1e-4])
+    step = 0
+    optimizer = tf.compat.v1.train.RMSPropOptimizer(
+        lambda: rates[step], decay=0.99, epsilon=net.RMSPROP_EPSILON, use_locking=True
+    )
+    rng = np.random.default_rng(5)
+    for step in range(len(rates)):  # the optimizer reads it
+        gradients = random_gradients(others, rng)
+        shared.apply_gradients(gradients, rates[step])
+        optimizer.apply_gradients(zip(gradients, others, strict=True))
+    for mine, other in zip(shared.trainable_variables, others, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_update_starts_its_mean_square_at_one():
+    shared, decay, rate = net.SharedNetwork(A, decay=0.5, seed=1), 0.5, np.float32(0.01)
+    expected = [v.numpy().astype(np.float64) for v in shared.trainable_variables]
+    mean_squares = [np.ones_like(v) for v in expected]
+    rng = np.random.default_rng(6)
+    for _ in range(3):
+        gradients = random_gradients(shared.trainable_variables, rng)
+        for i, gradient in enumerate(gradients):
+            g = gradient.numpy().astype(np.float64)
+            mean_squares[i] = decay * mean_squares[i] + (1 - decay) * g**2
+            expected[i] -= rate * g / np.sqrt(mean_squares[i] + 1e-10)
+        shared.apply_gradients(gradients, rate)
+    for mine, other in zip(shared.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_update_has_epsilon_inside_the_root():
+    shared = net.SharedNetwork(A, decay=0.5, seed=1)
+    for mean_square in shared.mean_squares:
+        mean_square.assign(tf.zeros_like(mean_square))
+    before = shared.biases["value"].numpy()
+    tiny = [tf.fill(v.shape, 1e-6) for v in shared.trainable_variables]  # its square is far below epsilon
+    shared.apply_gradients(tiny, np.float32(0.01))
+    np.testing.assert_allclose(before - shared.biases["value"], 0.01 * 1e-6 / np.sqrt(5e-13 + 1e-10), rtol=1e-4)
+
+
+def test_learning_rate_falls_to_a_tenth_in_a_line_over_half_of_the_iterations():
+    rates = [net.learning_rate_at(i, 2e-3, 1000) for i in (0, 250, 500, 750, 1000)]
+    np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
+
+
+def test_learning_rate_is_defined_for_a_single_iteration():
+    assert net.learning_rate_at(0, 2e-3, 1) == np.float32(2e-3)
+
+
+# The network.
+
+
+def test_network_has_the_originals_shapes():
+    network = net.ActorCritic(6)
+    assert {name: tuple(v.shape) for name, v in network.weights.items()} == {
+        "conv1": (8, 8, 4, 32),
+        "conv2": (4, 4, 32, 64),
+        "hidden": (11 * 11 * 64, 256),
+        "policy": (256, 6),
+        "value": (256, 1),
+    }
+    assert [tuple(v.shape) for v in network.biases.values()] == [(32,), (64,), (256,), (6,), (1,)]
+    assert len(network.trainable_variables) == 10
+    logits, value = network(random_history(num_games=3))
+    assert logits.shape == [3, 6]
+    assert value.shape == [3]
+
+
+def test_initial_weights_have_the_originals_spread():
+    network = net.ActorCritic(6, seed=11)
+    for layer, variable in network.weights.items():
+        weights = variable.numpy()
+        error = 3 / np.sqrt(weights.size)  # about three standard errors
+        assert abs(weights.mean()) < 0.02 * error
+        if "conv" in layer:
+            assert np.abs(weights).max() <= 2 * 0.02
+            spread = 0.8796 * 0.02  # of a normal that is cut off at two standard deviations
+        else:
+            assert weights.size < 5000 or np.abs(weights).max() > 3 * 0.02
+            spread = 0.02
+        assert abs(weights.std() / spread - 1) < error
+    for variable in network.biases.values():
+        np.testing.assert_array_equal(variable, np.zeros(variable.shape))
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others():
+    one, same, other = (net.ActorCritic(4, seed).weights["conv1"].numpy() for seed in (7, 7, 8))
+    np.testing.assert_array_equal(one, same)
+    assert not np.any(one == other)
+
+
+def test_pixels_enter_as_0_to_255_in_the_order_oldest_first():
+    network = net.ActorCritic(2)
+    for variable in network.trainable_variables:
+        variable.assign(tf.zeros_like(variable))
+    # One path through the network: the channel-th frame's pixel (2, 2), which conv1 reads without padding at (0, 0).
+    for channel, expected in enumerate([10.0, 20.0, 30.0, 255.0]):
+        conv1 = np.zeros([8, 8, 4, 32], np.float32)
+        conv1[4, 4, channel, 0] = 1  # SAME pads 2 rows above: row 4 of the kernel is row 2 of the frame
+        network.weights["conv1"].assign(conv1)
+        conv2 = np.zeros([4, 4, 32, 64], np.float32)
+        conv2[1, 1, 0, 0] = 1
+        network.weights["conv2"].assign(conv2)
+        hidden = np.zeros([11 * 11 * 64, 256], np.float32)
+        hidden[0, 0] = 1
+        network.weights["hidden"].assign(hidden)
+        network.weights["value"].assign(np.eye(256, 1, dtype=np.float32))
+        history = np.zeros([1, 84, 84, 4], np.uint8)
+        history[0, 2, 2] = [10, 20, 30, 255]
+        _, value = network(tf.constant(history.view(np.uint32)[..., 0]))
+        assert float(value[0]) == expected
+
+
+def test_copy_takes_over_every_weight():
+    shared, copy = net.SharedNetwork(A, 0.99, seed=1), net.ActorCritic(A, seed=2)
+    for variable in shared.trainable_variables:
+        variable.assign_add(tf.ones_like(variable))
+    copy.copy_from(shared)
+    for mine, theirs in zip(copy.trainable_variables, shared.trainable_variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+# Acting.
+
+
+def test_act_draws_actions_with_the_policys_probabilities():
+    network = net.ActorCritic(A)
+    network.weights["policy"].assign(tf.zeros_like(network.weights["policy"]))
+    probabilities = np.float32([0.1, 0.2, 0.3, 0.4])
+    network.biases["policy"].assign(np.log(probabilities))
+    history = random_history(num_games=100)
+    actions = [network.act(history, np.int32([5, step]))[2] for step in range(20)]
+    shares = np.bincount(np.ravel(actions), minlength=A) / 2000
+    np.testing.assert_allclose(shares, probabilities, atol=0.05)  # more than four standard errors
+
+
+def test_act_draws_the_same_actions_from_the_same_seed_only():
+    network, history = net.ActorCritic(A), random_history(num_games=30)
+    one, same, other = (network.act(history, np.int32([1, n]))[2].numpy() for n in (2, 2, 3))
+    np.testing.assert_array_equal(one, same)
+    assert np.any(one != other)
+
+
+def test_predict_value_equals_the_value_of_act():
+    network, history = net.ActorCritic(A, seed=1), random_history()
+    np.testing.assert_array_equal(network.predict_value(history), network.act(history, np.int32([1, 2]))[1])
+
+
+def test_act_is_traced_once_over_many_calls():
+    network, history = net.ActorCritic(A), random_history()
+    for step in range(5):
+        network.act(history, np.array([3, step], np.int32))
+    assert network.act.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_give_actions_out_of_range(wrong):
+    network = net.ActorCritic(A)
+    network.biases["policy"].assign(tf.fill([A], wrong))
+    action = network.act(random_history(), np.int32([1, 2]))[2].numpy()
+    assert np.all((action < 0) | (action >= A))

@@ -1,0 +1,449 @@
+"""The whole program: tiny runs of Breakout in processes of their own, and faults with fake games in this one."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ScriptedEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import a3c
+import checkpoint
+from network import ActorCritic
+from startup import tf
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_period=3", "--device=cpu"]
+ENDLESS = "--max_iteration=1000000"
+ORIGINAL_TAGS = {
+    "learning_rate",
+    "policy_loss",
+    "entropy_loss",
+    "value_loss",
+    "total_episodes",
+    "average_rewards",
+    "maximum_rewards",
+}
+
+
+def command(folder, *flags):
+    return [sys.executable, "a3c.py", *TINY, f"--log_dir={folder}", *flags]
+
+
+def run(folder, *flags):
+    """Run the program to its end."""
+    return subprocess.run(command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+class Running:
+    """The program at work in the background, for a `with` block; killed at its end if it still runs."""
+
+    def __init__(self, folder, *flags):
+        self.printed = Path(f"{folder}-output.txt")  # not a pipe: nobody empties it
+        with open(self.printed, "w") as file:
+            self.process = subprocess.Popen(command(folder, *flags), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, condition, seconds=60):
+        """Return once `condition()` holds; the program must not end before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.printed.read_text()
+            assert time.monotonic() < end, self.printed.read_text()
+            time.sleep(0.1)
+
+    def send(self, number):
+        """Send a signal; return the exit status, which must come within 10 s, and all that was printed."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=10), self.printed.read_text()
+
+
+def rows(folder):
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def iterations(folder):
+    return [int(row["iteration"]) for row in rows(folder)]
+
+
+def checkpoints(folder):
+    return [os.path.basename(path) for path in checkpoint.all_checkpoints(str(folder))]
+
+
+def last_iteration(folder):
+    """Return after how many updates `last.ckpt` was saved; every tensor of it is read."""
+    return checkpoint.saved_iteration(checkpoint.read(str(Path(folder) / "last.ckpt")))
+
+
+# A run of six updates, and a copy of it resumed up to ten.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a finished run and its process."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(folder, "--max_iteration=6")
+
+
+@pytest.fixture(scope="module")
+def resumed(trained, tmp_path_factory):
+    """Return the folder of a run that was resumed, and the process that did it."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    shutil.copytree(trained[0], folder)
+    return folder, run(folder, "--max_iteration=10", "--learning_rate=0.001")
+
+
+def test_run_ends_at_max_iteration_and_says_where_it_saved(trained):
+    folder, process = trained
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("Breakout-v0: 4 actions, frame-skip 3")
+    assert process.stdout.splitlines()[-1] == f"saved {folder}/last.ckpt"
+
+
+def test_run_prints_no_warnings_of_its_libraries(trained):
+    """What TensorFlow, CUDA and Gymnasium like to say at the start; the progress bar is all there is on stderr."""
+    lines = trained[1].stderr.replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.strip() and not re.search(r"\d+%.*(it/s|s/it)", line)] == []
+
+
+def test_progress_csv_has_a_row_for_each_summary_period(trained):
+    table = rows(trained[0])
+    assert [int(row["iteration"]) for row in table] == [2, 4, 6]
+    assert [int(row["agent_steps"]) for row in table] == [n * 4 * 5 for n in (2, 4, 6)]
+    for row in table:
+        for name in ("policy_loss", "value_loss", "entropy", "gradient_norm", "learning_rate", "steps_per_second"):
+            assert np.isfinite(float(row[name])), name
+        assert 0 < float(row["entropy"]) <= np.log(4) + 1e-6
+
+
+def test_checkpoints_fall_on_the_save_period_and_the_end(trained):
+    assert checkpoints(trained[0]) == ["last.ckpt", "model.ckpt-6", "model.ckpt-3"]
+    assert last_iteration(trained[0]) == 6
+    assert not list(trained[0].glob(".unfinished*"))
+
+
+def test_config_is_saved_beside_the_checkpoints(trained):
+    saved = json.loads((trained[0] / "config.json").read_text())
+    versions = saved.pop("versions")
+    assert saved == dataclasses.asdict(
+        a3c.Config(
+            log_dir=str(trained[0]),
+            num_threads=2,
+            agents_per_thread=4,
+            summary_period=2,
+            save_period=3,
+            max_iteration=6,
+            device="cpu",
+        )
+    )
+    assert versions["tensorflow"] == tf.__version__
+
+
+def test_tensorboard_has_the_originals_tags_by_step_and_by_episode(trained):
+    folder, _ = trained
+    for place, axis in ((folder, "iteration"), (folder / "per-eps", "episodes")):
+        events = EventAccumulator(str(place))
+        events.Reload()
+        assert set(events.Tags()["tensors"]) >= ORIGINAL_TAGS
+        entropy = events.Tensors("entropy_loss")
+        assert [event.step for event in entropy] == [int(row[axis]) for row in rows(folder)]
+        shown = [float(tf.make_ndarray(event.tensor_proto)) for event in entropy]
+        np.testing.assert_allclose(shown, [float(row["entropy"]) for row in rows(folder)], rtol=1e-5)
+
+
+def test_resumed_run_goes_on_where_the_first_ended(trained, resumed):
+    folder, process = resumed
+    assert process.returncode == 0, process.stderr
+    assert f"resumed {folder}/model.ckpt-6: 120 agent steps" in process.stdout
+    assert iterations(folder) == [2, 4, 6, 8, 10]
+    assert rows(folder)[:3] == rows(trained[0])
+    assert [int(row["agent_steps"]) for row in rows(folder)] == [40, 80, 120, 160, 200]
+    seconds = [float(row["seconds"]) for row in rows(folder)]
+    assert seconds == sorted(seconds)
+    assert checkpoints(folder) == ["last.ckpt", "model.ckpt-10", "model.ckpt-9", "model.ckpt-6"]
+    assert last_iteration(folder) == 10
+
+
+def test_resumed_run_names_the_settings_that_changed(resumed):
+    changes = [line for line in resumed[1].stdout.splitlines() if line.startswith("changed")]
+    assert "changed since the last run: learning_rate from 0.00025 to 0.001" in changes
+    assert "changed since the last run: max_iteration from 6 to 10" in changes
+    assert len(changes) == 3  # and log_dir, because the folder was copied
+
+
+def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path):
+    flags = [f"--model={trained[0]}/last.ckpt", f"--out={tmp_path}", "--iter=2", "--epsilon=1", "--device=cpu"]
+    process = subprocess.run(
+        [sys.executable, "a3c-test.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"Breakout-v0, {trained[0]}/last.ckpt after 6 updates" in process.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["game"], results["iteration"], len(results["scores"])) == ("Breakout-v0", 6, 2)
+    assert all(score >= 0 and score == int(score) for score in results["scores"])
+    assert (tmp_path / "play.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+# Signals and kills.
+
+
+def test_second_run_in_the_same_folder_is_refused_and_ctrl_c_saves_the_first(tmp_path):
+    folder = tmp_path / "run"
+    with Running(folder, ENDLESS) as first:
+        first.wait_for(lambda: (folder / "progress.csv").exists() and len(rows(folder)) > 1)
+        second = run(folder, ENDLESS)
+        assert second.returncode == 1
+        assert f"a3c.py: error: log_dir = '{folder}': another run is using it" in second.stderr
+
+        first.process.send_signal(signal.SIGINT)
+        status, output = first.send(signal.SIGINT)  # pressed twice
+    assert status == 130
+    assert f"saved {folder}/last.ckpt" in output
+    assert last_iteration(folder) >= iterations(folder)[-1] >= 4
+
+
+def test_terminated_and_killed_runs_are_resumed_from_their_newest_checkpoint(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    reached = 6
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        with Running(folder, ENDLESS) as running:
+            running.wait_for(lambda: newest(folder) >= reached + 6)  # noqa: B023
+            status, output = running.send(number)
+        assert status == expected
+        assert f"resumed {folder}/model.ckpt-{reached}:" in output
+        reached = newest(folder)
+        if number == signal.SIGTERM:
+            assert f"saved {folder}/last.ckpt" in output
+            assert last_iteration(folder) == reached
+
+    (folder / ".unfinished_temp").mkdir(exist_ok=True)  # as if it had been killed while it saved
+    past = run(folder, f"--max_iteration={reached}")
+    assert past.returncode == 0, past.stderr
+    assert f"resumed {folder}/model.ckpt-{reached}:" in past.stdout
+    assert f"nothing to do: iteration {reached:,} of max_iteration = {reached:,}" in past.stdout
+
+
+def newest(folder):
+    """Return the number of the newest checkpoint."""
+    return int(checkpoint.numbered(str(folder))[0].rpartition("-")[2])
+
+
+# Faults that are found before training starts.
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Return a function that runs the command line in this process: status, what it printed, its errors."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["a3c.py", *TINY, *flags])
+        status = a3c.main()
+        return status, *capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Let the test fail if games are built."""
+    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: pytest.fail("training started"))
+
+
+def test_unknown_game_ends_with_one_line_that_names_near_ones(tmp_path):
+    process = run(tmp_path / "new", "--game=Brekout-v0")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("a3c.py: error: game = 'Brekout-v0' is not known. Did you mean Breakout-v0")
+    assert not (tmp_path / "new").exists()
+
+
+def test_run_of_another_game_with_more_actions_is_refused(trained, tmp_path, main, no_training):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    before = (folder / "config.json").read_text()
+    status, _, errors = main(f"--log_dir={folder}", "--game=Tennis-v0")
+    assert status == 1
+    assert "of a game with 4 actions; this one has 18" in errors
+    assert (folder / "config.json").read_text() == before
+
+
+def test_run_of_another_game_with_as_many_actions_is_refused(trained, tmp_path, main, no_training):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "game": "Breakout-v4"}))
+    status, _, errors = main(f"--log_dir={folder}")
+    assert status == 1
+    assert errors == f"a3c.py: error: game = 'Breakout-v0': {folder} holds a run of Breakout-v4. Use --log_dir\n"
+
+
+def test_file_in_place_of_the_log_folder_is_an_error(tmp_path, main, no_training):
+    path = tmp_path / "file"
+    path.write_text("in the way")
+    for folder in (path, path / "below"):
+        status, _, errors = main(f"--log_dir={folder}")
+        assert status == 1
+        assert errors.startswith("a3c.py: error: ")
+        assert str(path) in errors
+
+
+def test_gpu_that_is_not_there_is_an_error_that_names_the_way_out(tmp_path, main, no_training):
+    status, _, errors = main(f"--log_dir={tmp_path}", "--device=gpu:99")
+    assert status == 1
+    assert "device = 'gpu:99': TensorFlow sees" in errors
+    assert "--device cpu" in errors
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:1", "gpu:x", "gpu:-1"])
+def test_unknown_device_is_an_error_that_names_the_known_ones(tmp_path, main, no_training, device):
+    status, _, errors = main(f"--log_dir={tmp_path}", f"--device={device}")
+    assert status == 1
+    assert errors == f"a3c.py: error: device = {device!r}: must be auto, cpu, gpu or gpu:N\n"
+
+
+def test_folder_of_damaged_checkpoints_is_an_error(tmp_path, main, no_training):
+    for suffix in (".index", ".data-00000-of-00001"):
+        (tmp_path / f"model.ckpt-5{suffix}").write_bytes(b"")
+    status, output, errors = main(f"--log_dir={tmp_path}")
+    assert status == 1
+    assert "model.ckpt-5" in output
+    assert "is complete. Move them away to start afresh" in errors
+
+
+# Resuming, with games that cost no time.
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_resumed(trained, tmp_path, main, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    table = (folder / "progress.csv").read_text()
+    later = table.splitlines()[-1].replace("6,120,", "8,999,", 1)
+    (folder / "progress.csv").write_text(table + later + "\r\n1")  # killed in the middle of row 10
+    use_games(monkeypatch, *(ScriptedEnv(np.zeros([5, 4])) for _ in range(2)))
+    assert main(f"--log_dir={folder}", "--max_iteration=8")[0] == 0
+    assert iterations(folder) == [2, 4, 6, 8]
+    assert rows(folder)[:3] == rows(trained[0])
+    assert int(rows(folder)[3]["agent_steps"]) == 160
+
+
+def test_report_shows_the_average_and_the_maximum_of_the_last_raw_scores(tmp_path, main, monkeypatch):
+    games = ScriptedEnv([[0, 0, 0, 0], [100, 20, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 0]])
+    use_games(monkeypatch, games)
+    assert main(f"--log_dir={tmp_path}", "--max_iteration=2", "--num_threads=1")[0] == 0
+    (row,) = rows(tmp_path)
+    assert (float(row["average_score"]), float(row["maximum_score"])) == (40, 100)
+    assert int(row["episodes"]) == 15  # three games end with every second of the ten steps
+
+
+# Faults in the middle of training, with games that cause them.
+
+
+class FaultyEnv(ScriptedEnv):
+    """Four games that pay nothing and, from the 31st step on, do `fault()`."""
+
+    def __init__(self, fault):
+        super().__init__(np.zeros([5, 4]))
+        self.fault = fault
+
+    def step(self, actions):
+        if len(self.actions) >= 30:
+            self.fault()
+        return super().step(actions)
+
+
+def use_games(monkeypatch, *envs):
+    """Let the groups play `envs`."""
+    waiting = list(envs)
+    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: waiting.pop(0))
+
+
+def test_exception_in_a_group_is_shown_and_the_run_saved(tmp_path, main, monkeypatch):
+    def fault():
+        raise RuntimeError("cable pulled")
+
+    use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])), FaultyEnv(fault))
+    status, output, errors = main(f"--log_dir={tmp_path}", "--max_iteration=500")
+    assert status == 1
+    assert "in fault" in errors  # its own traceback
+    assert "GroupFailure: group 1, RuntimeError: cable pulled" in errors
+    assert f"saved {tmp_path}/last.ckpt" in output
+    assert last_iteration(tmp_path) >= 6
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_the_network_before_it_is_saved(tmp_path, main, monkeypatch):
+    class NanEnv(ScriptedEnv):
+        def step(self, actions):
+            frame, reward, *rest = super().step(actions)
+            return frame, reward * (np.nan if len(self.actions) > 30 else 1), *rest
+
+    use_games(monkeypatch, NanEnv(np.zeros([5, 4])))
+    status, _, errors = main(f"--log_dir={tmp_path}", "--max_iteration=500", "--num_threads=1")
+    assert status == 1
+    assert "FloatingPointError: iteration 6: not finite" in errors
+    network = ActorCritic(4)
+    assert checkpoint.load_network(f"{tmp_path}/last.ckpt", network) == 6
+    assert all(np.all(np.isfinite(variable)) for variable in network.trainable_variables)
+
+
+def test_group_that_stalls_is_named_and_the_run_saved(tmp_path, main, monkeypatch):
+    over = threading.Event()
+
+    def fault():
+        if not over.wait(30):
+            raise RuntimeError("nobody noticed")
+
+    monkeypatch.setattr(a3c, "STOP_GRACE", 0.2)
+    use_games(monkeypatch, FaultyEnv(fault))
+    try:
+        flags = ["--max_iteration=500", "--num_threads=1", "--stall_timeout=2"]
+        status, output, errors = main(f"--log_dir={tmp_path}", *flags)
+    finally:
+        over.set()
+    assert status == 1
+    assert "TimeoutError: group 0 has not taken a step for 2 s" in errors
+    assert f"saved {tmp_path}/last.ckpt" in output
+    assert last_iteration(tmp_path) >= 6
+    for thread in threading.enumerate():
+        if thread.name.startswith("group"):
+            thread.join(timeout=30)
+
+
+def test_disk_that_fills_up_ends_the_run_with_its_earlier_checkpoint_intact(tmp_path, main, monkeypatch):
+    real = tf.train.Checkpoint.write
+    written = []
+
+    def write(self, path, *rest):
+        written.append(path)
+        if len(written) > 2:
+            raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+        return real(self, path, *rest)
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", write)
+    use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
+    status, _, errors = main(f"--log_dir={tmp_path}", "--max_iteration=500", "--num_threads=1")
+    assert status == 1
+    assert "No space left on device. Earlier saves are intact" in errors
+    assert checkpoints(tmp_path) == ["model.ckpt-6", "model.ckpt-3"]
+    assert checkpoint.load_network(f"{tmp_path}/model.ckpt-6", ActorCritic(4)) == 6
