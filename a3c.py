@@ -67,7 +67,7 @@ class Config:
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
         self.log_dir = self.log_dir or os.path.join("log", self.game)
         if any(character in self.log_dir for character in "*?[]\\"):  # TensorFlow takes the path as a pattern
-            raise ValueError(f"log_dir = {self.log_dir!r}: must not contain any of * ? [ ] \\")
+            raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
 
 
 MAY_BE_ZERO = ("random_seed", "entropy_beta", "decay")
