@@ -24,6 +24,7 @@ from network import ActorCritic
 from startup import tf
 
 EMULATOR_FPS = 60
+WITHOUT_WINDOW = "Leave it out and look at play.mp4 instead"
 VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
 
 
@@ -51,8 +52,18 @@ def parse_arguments() -> argparse.Namespace:
         if not low <= getattr(arguments, name) <= high:
             parser.error(f"{name} = {getattr(arguments, name)}: must be from {low} to {high:,}")
     if arguments.render and sys.platform == "linux" and not (os.getenv("DISPLAY") or os.getenv("WAYLAND_DISPLAY")):
-        parser.error("--render: there is no display (DISPLAY is not set). Leave it out and look at play.mp4 instead")
+        parser.error(f"--render: there is no display (DISPLAY is not set). {WITHOUT_WINDOW}")
     return arguments
+
+
+def open_game(game_id: str, render: bool) -> gymnasium.Env:
+    """Build the game, with a window if `render`. Raises OSError if the display cannot show one."""
+    if render and sys.platform == "linux":
+        os.environ.setdefault("SDL_VIDEODRIVER", "x11,wayland")  # else it draws nowhere if the display does not answer
+    try:
+        return make_watching_env(game_id, "human" if render else None)
+    except RuntimeError as error:
+        raise OSError(f"--render: the display does not answer ({error}). {WITHOUT_WINDOW}") from error
 
 
 @contextlib.contextmanager
@@ -125,7 +136,7 @@ def main() -> int:
         film_path = os.path.join(arguments.out, "play.mp4")
         scores, status = [], 0
         with contextlib.ExitStack() as stack:
-            env = make_watching_env(game.id, "human" if arguments.render else None)
+            env = open_game(game.id, arguments.render)
             stack.callback(env.close)
             film = None
             if arguments.film:

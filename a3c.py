@@ -14,7 +14,6 @@ import startup  # isort: skip  # first: it checks the packages and sets TensorFl
 import argparse
 import dataclasses
 import inspect
-import json
 import math
 import os
 import re
@@ -33,6 +32,7 @@ from report import Report
 from startup import tf
 
 STOP_GRACE = 6.0  # seconds that threads get to finish what they are at
+SAVE_GRACE = 30.0  # seconds that a save which a thread has begun gets on top
 
 
 @dataclasses.dataclass
@@ -56,6 +56,8 @@ class Config:
     grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off
     entropy_beta: float = 0.01  # weight of the policy's entropy in the loss
 
+    compute_dtype: str = "float32"  # of the threads' copies; bfloat16 is faster where the CPU has AMX or AVX512-BF16
+
     save_period: int = 20_000  # updates between checkpoints; the newest three are kept
     summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
     stall_timeout: float = 300.0  # seconds without a step of some group after which the run is saved and ended
@@ -65,9 +67,11 @@ class Config:
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
-        self.log_dir = self.log_dir or os.path.join("log", self.game)
-        if any(character in self.log_dir for character in "*?[]\\"):  # TensorFlow takes the path as a pattern
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: must be float32 or bfloat16")
+        if any(character in self.log_dir for character in "*?[]\\\0"):  # TensorFlow takes the path as a pattern
             raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
+        self.log_dir = self.log_dir or os.path.join("log", self.game)
 
 
 MAY_BE_ZERO = ("random_seed", "entropy_beta", "decay")
@@ -150,7 +154,8 @@ def train(config: Config) -> int:
 def _run_threads(config, game, device, shared, progress, saver, report) -> int:
     """Start a thread for each group, report until they stop, save. Return the exit status."""
     coordinator = tf.train.Coordinator()
-    agents, threads, signals = [], [], []
+    agents, threads, signals, saving = [], [], [], []
+    all_stand = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # handled in the loop below; a second one changes nothing
         signal.signal(number, lambda number, _: signals.append(number))
 
@@ -158,7 +163,9 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
         report.add(losses)
         if progress.iteration % config.save_period == 0:
+            saving.append(threading.current_thread().name)  # the others wait for it, through no fault of theirs
             saver.save()
+            saving.clear()
 
     def keep_watch(seconds: float) -> bool:
         """Report for up to `seconds`; return whether it is time to stop."""
@@ -167,11 +174,13 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
             coordinator.wait_for_stop(min(0.2, seconds))
             report.show()
             asleep = time.monotonic() - now
-            for agent in agents:
-                if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
+            if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
+                for agent in agents:
                     agent.alive_at += asleep
-                elif time.monotonic() - agent.alive_at > config.stall_timeout:
-                    raise TimeoutError(f"group {agent.index} has not taken a step for {config.stall_timeout:.0f} s")
+            slowest = min(agents, key=lambda agent: agent.alive_at, default=None)
+            if slowest and time.monotonic() - slowest.alive_at > config.stall_timeout:
+                name = f"{saving[0]}, which is saving," if saving else f"group {slowest.index}"
+                raise TimeoutError(f"{name} has not taken a step for {config.stall_timeout:.0f} s")
         return bool(signals) or coordinator.should_stop()
 
     try:
@@ -179,18 +188,20 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
             report.status(f"building group {index + 1} of {config.num_threads}")
             envs = make_training_envs(game, config.agents_per_thread, config.num_threads)
             agents.append(GroupAgent(index, envs, shared, progress, config, on_update))
-            thread = threading.Thread(
-                target=agents[-1].run, args=(coordinator, device), name=f"group {index}", daemon=True
-            )
+            # The first learns at once; the others would take the cores from what is still being built.
+            arguments = (coordinator, device, all_stand if index else None)
+            thread = threading.Thread(target=agents[-1].run, args=arguments, name=f"group {index}", daemon=True)
             threads.append(thread)
             thread.start()
-            # Building holds Python's global lock, so let the first group's first update through: learning has begun.
+            # Building holds Python's global lock, so let the first group's first update through.
             while index == 1 and progress.iteration == 0 and not keep_watch(0.05):
                 pass
             if keep_watch(0.05):
                 break
         report.status("starting the last group")
         while not keep_watch(0.2):
+            if all(agent.history is not None for agent in agents):
+                all_stand.set()
             if all(agent.steps > config.unroll_step for agent in agents):
                 first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
                 report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
@@ -204,14 +215,17 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
         try:
             coordinator.join(threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
         finally:
-            report.show()
-            report.write("saved " + _save_last(progress, saver))
+            try:
+                saved = _save_last(progress, saver)
+            finally:
+                report.show()  # after the save, because it fails where the disk is full
+            report.write("saved " + saved)
     return 128 + signals[0] if signals else 0
 
 
 def _save_last(progress: Progress, saver: checkpoint.Saver) -> str:
     """Save under `last.ckpt` and return its path. Raises TimeoutError where a stalled thread keeps the lock."""
-    if not progress.lock.acquire(timeout=30):
+    if not progress.lock.acquire(timeout=SAVE_GRACE):
         raise TimeoutError("a thread that does not stop keeps the network locked; the checkpoint before this stays")
     try:
         return saver.save_last()
@@ -230,8 +244,7 @@ def _note_config(config: Config, resuming: bool) -> None:
         for name in new:
             if name in old and old[name] != new[name]:
                 print(f"changed since the last run: {name} from {old[name]} to {new[name]}")
-    with open(path, "w") as file:
-        json.dump({**new, "versions": startup.versions()}, file, indent=2)
+    checkpoint.write_config(path, {**new, "versions": startup.versions()})
 
 
 def main() -> int:
@@ -240,13 +253,17 @@ def main() -> int:
     config = config_from(parser, parser.parse_args())
     try:
         return train(config)
-    except (GroupFailure, TimeoutError):
-        traceback.print_exc()
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        print(f"a3c.py: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
-    return 1
+    except Exception as error:
+        trace, text = traceback.format_exc(), str(error)
+        explained = isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
+        if GroupFailure.__name__ in trace or not explained or isinstance(error, TimeoutError):
+            print(trace, end="", file=sys.stderr)
+        if not explained and isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
+            text = "out of memory: lower --agents_per_thread or --num_threads, or use another --device"
+        print(f"a3c.py: error: {text}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class GroupAgent:
     ):
         self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
         self.on_update = on_update
-        self.network = ActorCritic(shared.num_actions)  # this thread's copy
+        self.network = ActorCritic(shared.num_actions, compute_dtype=config.compute_dtype)  # this thread's copy
         self.network.copy_from(shared)
         self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
         self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play
@@ -105,12 +105,17 @@ class GroupAgent:
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
 
-    def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
-        """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
+    def run(self, coordinator: tf.train.Coordinator, device: str, go: threading.Event | None = None) -> None:
+        """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it.
+
+        Where `go` is given, learning waits for it once the games have started.
+        """
         with coordinator.stop_on_exception(), tf.device(device):
             try:
                 if self.history is None:
                     self.reset()
+                while go and not go.wait(0.1) and not coordinator.should_stop():
+                    self.alive_at = time.monotonic()
                 while not coordinator.should_stop() and self.progress.iteration < self.config.max_iteration:
                     self.iterate()
             except Exception as error:

@@ -60,6 +60,14 @@ def read_config(path: str) -> dict:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
+def write_config(path: str, config: dict) -> None:
+    """Write a run's `config.json`, whole or not at all."""
+    unfinished = os.path.join(os.path.dirname(path), ".unfinished.json")
+    with open(unfinished, "w") as file:
+        json.dump(config, file, indent=2)
+    os.replace(unfinished, path)
+
+
 class Saver:
     """Saves a run into its folder and resumes it.
 
@@ -72,6 +80,7 @@ class Saver:
 
     def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3):
         self.folder, self.shared, self.progress, self.keep = folder, shared, progress, keep
+        self.newest = None  # path of what this process saved or resumed last
         self.checkpoint = tf.train.Checkpoint(
             weights=shared.weights,
             biases=shared.biases,
@@ -91,15 +100,12 @@ class Saver:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
-        try:
-            # Under a hidden name first: a half-written file never looks like a checkpoint.
-            unfinished = self.checkpoint.write(os.path.join(self.folder, ".unfinished"))
+        if path == self.newest and os.path.exists(path + _INDEX):
+            return path
+        with self._whole_or_nothing(path) as unfinished:
+            self.checkpoint.write(unfinished)
             read(unfinished)
-            os.replace(unfinished + _DATA, path + _DATA)
-            os.replace(unfinished + _INDEX, path + _INDEX)
-        except tf.errors.OpError as error:
-            self.remove_unfinished()
-            raise OSError(f"cannot save {path}: {error.message.splitlines()[0]}. Earlier saves are intact") from error
+        self.newest = path
         for old in numbered(self.folder)[self.keep :]:
             _remove(old)
         return path
@@ -107,11 +113,28 @@ class Saver:
     def save_last(self) -> str:
         """Save, and copy the save to `last.ckpt`; return that path. Raises as `save` does."""
         path, last = self.save(), os.path.join(self.folder, LAST)
-        for suffix in (_DATA, _INDEX):
-            unfinished = os.path.join(self.folder, ".unfinished" + suffix)
-            shutil.copyfile(path + suffix, unfinished)
-            os.replace(unfinished, last + suffix)
+        with self._whole_or_nothing(last) as unfinished:
+            for suffix in (_DATA, _INDEX):
+                shutil.copyfile(path + suffix, unfinished + suffix)
         return last
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self, path: str):
+        """Yield a hidden name to write a checkpoint under, which becomes `path` at the end of the block.
+
+        Raises:
+          OSError: the block or the renaming failed; what was written is removed.
+        """
+        unfinished = os.path.join(self.folder, ".unfinished")
+        try:
+            yield unfinished
+            _remove_file(path + _INDEX)  # killed between these lines, it is no checkpoint rather than a damaged one
+            os.replace(unfinished + _DATA, path + _DATA)
+            os.replace(unfinished + _INDEX, path + _INDEX)
+        except (tf.errors.OpError, OSError) as error:
+            self.remove_unfinished()
+            reason = (error.message if isinstance(error, tf.errors.OpError) else str(error)).splitlines()[0]
+            raise OSError(f"cannot save {path}: {reason}. Earlier saves are intact") from error
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
@@ -121,12 +144,12 @@ class Saver:
         Raises:
           CheckpointError: the checkpoint is of another network, or every one of them is damaged.
         """
-        self.remove_unfinished()
+        self.remove_unfinished(warn)
         candidates = []
         paths = all_checkpoints(self.folder)
         for path in paths:
             try:
-                candidates.append((saved_iteration(read(path)), path))
+                candidates.append((saved_iteration(read(path), path), path))
             except CheckpointError as error:
                 warn(f"{error}; falling back to an earlier one")
         if not candidates:
@@ -136,15 +159,17 @@ class Saver:
         path = max(candidates)[1]
         check_fits(read(path), self.shared, path)
         self.checkpoint.read(path).assert_consumed()
+        self.newest = path
         return path
 
-    def remove_unfinished(self) -> None:
-        """Remove what a killed or failed save left behind."""
+    def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
+        """Remove what a killed or failed save left behind; a data file without its index is named to `warn`."""
         folder = glob.escape(self.folder)
         for name in glob.glob(os.path.join(folder, ".unfinished*")):
             _remove_file(name)
         for name in glob.glob(os.path.join(folder, f"*.ckpt*{_DATA}")):
             if not os.path.exists(name.removesuffix(_DATA) + _INDEX):
+                warn(f"{name} has no {_INDEX} file, so it is not a checkpoint: removed")
                 _remove_file(name)
 
 
@@ -157,16 +182,17 @@ def read(path: str) -> dict[str, np.ndarray]:
     try:
         reader = tf.train.load_checkpoint(path)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-    except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    except (tf.errors.OpError, ValueError, RuntimeError, IndexError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
 
 
-def saved_iteration(tensors: dict[str, np.ndarray]) -> int:
+def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:
     """Return after how many updates this checkpoint was saved. Raises CheckpointError if it is not one of ours."""
     try:
         return int(json.loads(tensors[_PROGRESS_KEY])["iteration"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("not a checkpoint of this program") from error
+        raise CheckpointError(f"{path} is not a checkpoint of this program") from error
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
@@ -201,7 +227,7 @@ def load_network(path: str, network: ActorCritic) -> int:
     for kind, variables in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in variables.items():
             variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
-    return saved_iteration(tensors)
+    return saved_iteration(tensors, path)
 
 
 def resolve(path: str) -> str:

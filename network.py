@@ -19,11 +19,14 @@ RMSPROP_EPSILON = 1e-10  # inside the square root
 
 
 class ActorCritic(tf.Module):
-    """Two convolutions and a hidden layer under a policy head and a value head."""
+    """Two convolutions and a hidden layer under a policy head and a value head.
 
-    def __init__(self, num_actions: int, seed: int = 0):
+    Weights are kept, and layers computed, in `compute_dtype`; logits and values are float32 in any case.
+    """
+
+    def __init__(self, num_actions: int, seed: int = 0, compute_dtype: str = "float32"):
         super().__init__()
-        self.num_actions = num_actions
+        self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
         flat = (FRAME_SIZE // 8 + 1) ** 2 * 64  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
             "conv1": [8, 8, 4, 32],
@@ -35,19 +38,20 @@ class ActorCritic(tf.Module):
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
             normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
-            self.weights[layer] = tf.Variable(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), name=layer)
-            self.biases[layer] = tf.Variable(tf.zeros(shape[-1:]), name=f"{layer}_bias")
+            initial = tf.cast(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), self.compute_dtype)
+            self.weights[layer] = tf.Variable(initial, name=layer)
+            self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
 
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels enter as 0..255."""
-        x = tf.cast(history_to_frames(history), tf.float32)
+        x = tf.cast(history_to_frames(history), self.compute_dtype)
         x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, 32]
         x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 64]
         x = tf.reshape(x, [x.shape[0], -1])
         x = tf.nn.relu(x @ self.weights["hidden"] + self.biases["hidden"])  # [B, 256]
         logits = x @ self.weights["policy"] + self.biases["policy"]
         value = x @ self.weights["value"] + self.biases["value"]
-        return logits, tf.squeeze(value, axis=1)
+        return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
 
     @tf.function(autograph=False)
     def act(self, history, seed):
@@ -73,7 +77,7 @@ class ActorCritic(tf.Module):
     def copy_from(self, other: "ActorCritic"):
         """Set all weights to those of `other`."""
         for mine, theirs in zip(self.trainable_variables, other.trainable_variables, strict=True):
-            mine.assign(theirs)
+            mine.assign(tf.cast(theirs, mine.dtype))
 
 
 class Losses(NamedTuple):
@@ -134,7 +138,8 @@ def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
 
 @tf.function(autograph=False)
 def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None):
-    """Return each gradient clipped by its own average norm (as it is where clip is None), and their global norm."""
+    """Return each gradient in float32, clipped by its own average norm unless clip is None, and their global norm."""
+    gradients = [tf.cast(gradient, tf.float32) for gradient in gradients]
     norm = tf.linalg.global_norm(gradients)
     return gradients if clip is None else [clip_by_average_norm(g, clip) for g in gradients], norm
 

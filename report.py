@@ -1,6 +1,7 @@
 """How a run is reported: the progress bar and its lines, `progress.csv`, TensorBoard."""
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import math
@@ -60,11 +61,12 @@ class Report:
         self.csv = csv.DictWriter(self.csv_file, COLUMNS)
         if self.csv_file.tell() == 0:
             self.csv.writeheader()
-        self.by_step = tf.summary.create_file_writer(config.log_dir)
-        self.by_episode = tf.summary.create_file_writer(os.path.join(config.log_dir, "per-eps"))
         lines = [f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items()]
-        with self.by_step.as_default():
-            tf.summary.text("config", "\n".join(["| name | value |", "| --- | --- |", *lines]), progress.iteration)
+        with self._writing():
+            self.by_step = tf.summary.create_file_writer(config.log_dir)
+            self.by_episode = tf.summary.create_file_writer(os.path.join(config.log_dir, "per-eps"))
+            with self.by_step.as_default():
+                tf.summary.text("config", "\n".join(["| name | value |", "| --- | --- |", *lines]), progress.iteration)
         self.bar = tqdm(
             total=config.max_iteration,
             initial=progress.iteration,
@@ -78,9 +80,9 @@ class Report:
 
     def __exit__(self, *_):
         self.bar.close()
-        self.csv_file.close()
-        self.by_step.close()
-        self.by_episode.close()
+        for file in (self.csv_file, self.by_step, self.by_episode):
+            with contextlib.suppress(OSError, tf.errors.OpError):  # every row is on the disk, or has raised
+                file.close()
 
     def add(self, losses: Losses) -> None:
         """Count one update; the caller holds the progress lock. Makes a row every `summary_period` updates."""
@@ -133,13 +135,25 @@ class Report:
         self.bar.write(text)
         sys.stdout.flush()
 
+    @contextlib.contextmanager
+    def _writing(self):
+        """Raise an OSError that names the folder where the block cannot write into it."""
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            reason = error.message if isinstance(error, tf.errors.OpError) else error
+            raise OSError(f"cannot write the report in {self.config.log_dir}: {reason}") from error
+
     def _write_row(self, row: dict) -> None:
-        self.csv.writerow({name: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for name, v in row.items()})
-        self.csv_file.flush()
-        for writer, step in ((self.by_step, row["iteration"]), (self.by_episode, row["episodes"])):
-            with writer.as_default(step):
-                for column, tag in TAGS.items():
-                    tf.summary.scalar(tag, row[column])
+        cells = {name: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for name, v in row.items()}
+        with self._writing():
+            self.csv.writerow(cells)
+            self.csv_file.flush()
+            for writer, step in ((self.by_step, row["iteration"]), (self.by_episode, row["episodes"])):
+                with writer.as_default(step):
+                    for column, tag in TAGS.items():
+                        tf.summary.scalar(tag, row[column])
+                    writer.flush()
         self.write(
             "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
             "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "

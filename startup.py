@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -36,9 +37,8 @@ def check_packages(required: dict[str, str] = REQUIRED) -> None:
             sys.exit(f"{package} {state}: {package}>={oldest} is needed. Run: pip install -r requirements.txt")
 
 
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])  # of 2.21.0, 2.21rc1, 3
 
 
 @contextlib.contextmanager

@@ -1,11 +1,21 @@
-"""What several tests share: TensorFlow set up as the program does, a small Config, and games whose course is known."""
+"""What several tests share: TensorFlow set up as the program does, games whose course is known, the program at work."""
 
 import startup  # isort: skip  # first: it sets TensorFlow up
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 
+import a3c
+import checkpoint
 from a3c import Config
 
 startup.choose_device("cpu")  # one thread per operation, as in training; it cannot be set later
@@ -53,3 +63,123 @@ def make_config(tmp_path):
         return Config(**{**small, **fields})
 
     return make
+
+
+# The program in a process of its own.
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_period=3", "--device=cpu"]
+ENDLESS = "--max_iteration=1000000"
+
+
+def command(folder, *flags, program=("a3c.py",)):
+    return [sys.executable, *program, *TINY, f"--log_dir={folder}", *flags]
+
+
+def run(folder, *flags, before=(), **options):
+    """Run the program to its end, behind the command `before`."""
+    words = [*before, *command(folder, *flags)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+class Running:
+    """The program at work in the background, for a `with` block; killed at its end if it still runs."""
+
+    def __init__(self, folder, *flags, program=("a3c.py",)):
+        self.printed = Path(f"{folder}-output.txt")  # not a pipe: nobody empties it
+        words = command(folder, *flags, program=program)
+        with open(self.printed, "w") as file:
+            self.process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, condition, seconds=60):
+        """Return once `condition()` holds; the program must not end before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.printed.read_text()
+            assert time.monotonic() < end, self.printed.read_text()
+            time.sleep(0.1)
+
+    def send(self, number):
+        """Send a signal; return the exit status, which must come within 10 s, and all that was printed."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=10), self.printed.read_text()
+
+
+def rows(folder):
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def iterations(folder):
+    return [int(row["iteration"]) for row in rows(folder)]
+
+
+def checkpoints(folder):
+    return [os.path.basename(path) for path in checkpoint.all_checkpoints(str(folder))]
+
+
+def last_iteration(folder):
+    """Return after how many updates `last.ckpt` was saved; every tensor of it is read."""
+    return checkpoint.saved_iteration(checkpoint.read(str(Path(folder) / "last.ckpt")))
+
+
+def newest(folder):
+    """Return the number of the newest checkpoint."""
+    return int(checkpoint.numbered(str(folder))[0].rpartition("-")[2])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Return the folder of a finished run of six updates and its process."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(folder, "--max_iteration=6")
+
+
+# The program in this process.
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Return a function that runs the command line in this process: status, what it printed, its errors."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["a3c.py", *TINY, *flags])
+        status = a3c.main()
+        return status, *capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Let the test fail if games are built."""
+    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: pytest.fail("training started"))
+
+
+class FaultyEnv(ScriptedEnv):
+    """Four games that pay nothing and, from the 31st step on, do `fault()`."""
+
+    def __init__(self, fault):
+        super().__init__(np.zeros([5, 4]))
+        self.fault = fault
+
+    def step(self, actions):
+        if len(self.actions) >= 30:
+            self.fault()
+        return super().step(actions)
+
+
+def use_games(monkeypatch, *envs):
+    """Let the groups play `envs`."""
+    waiting = list(envs)
+    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: waiting.pop(0))

@@ -25,6 +25,7 @@ WRONG = (
     + [(name, value) for name in ("discount_factor", "decay") for value in (1.01, "2")]
     + [(name, value) for name in TEXTS for value in (3, None)]
     + [("log_dir", f"log{character}") for character in "*?[]"]
+    + [("compute_dtype", kind) for kind in ("float16", "int8", "")]
 )
 
 
@@ -52,6 +53,7 @@ def test_defaults_are_the_originals():
         "decay": 0.99,
         "grad_clip": 0.1,
         "entropy_beta": 0.01,
+        "compute_dtype": "float32",
         "save_period": 20_000,
         "summary_period": 100,
         "stall_timeout": None,
@@ -109,7 +111,7 @@ def test_command_line_without_flags_gives_the_defaults():
 
 def test_every_field_is_a_flag():
     values = {name: "0.5" if name not in COUNTS else "7" for name in NUMBERS}
-    values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu"}
+    values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu", "compute_dtype": "bfloat16"}
     assert values.keys() == FIELDS.keys()
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
     assert parse(*flags) == Config(**values)

@@ -323,3 +323,24 @@ def test_logits_that_are_not_finite_give_actions_out_of_range(wrong):
     network.biases["policy"].assign(tf.fill([A], wrong))
     action = network.act(random_history(), np.int32([1, 2]))[2].numpy()
     assert np.all((action < 0) | (action >= A))
+
+
+def test_bfloat16_copy_computes_what_float32_does_to_its_precision_and_leaves_the_shared_network_in_float32():
+    shared = net.SharedNetwork(4, 0.99, seed=3)
+    exact, coarse = net.ActorCritic(4), net.ActorCritic(4, compute_dtype="bfloat16")
+    gradients = []
+    history = tf.constant(np.random.default_rng(1).integers(0, 2**32, [8, 84, 84], np.uint32))
+    for copy in (exact, coarse):
+        copy.copy_from(shared)
+        with tf.GradientTape() as tape:
+            logits, values, _ = copy.act(history, np.array([1, 2], np.int32))
+            loss = tf.reduce_sum(logits[:, 0]) + tf.reduce_sum(values)
+        assert logits.dtype == values.dtype == tf.float32
+        clipped, _ = net.clip_gradients(tape.gradient(loss, copy.trainable_variables), None)
+        assert all(gradient.dtype == tf.float32 for gradient in clipped)
+        gradients.append(clipped)
+    assert {variable.dtype for variable in coarse.trainable_variables} == {tf.bfloat16}
+    for one, other in zip(*gradients, strict=True):
+        assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(one)
+    shared.apply_gradients(gradients[1], np.float32(1e-3))
+    assert {variable.dtype for variable in shared.variables} == {tf.float32}

@@ -1,21 +1,30 @@
 """The whole program: tiny runs of Breakout in processes of their own, and faults with fake games in this one."""
 
-import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ScriptedEnv
+from conftest import (
+    ENDLESS,
+    ROOT,
+    FaultyEnv,
+    Running,
+    ScriptedEnv,
+    checkpoints,
+    iterations,
+    last_iteration,
+    newest,
+    rows,
+    run,
+    use_games,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a3c
@@ -23,9 +32,6 @@ import checkpoint
 from network import ActorCritic
 from startup import tf
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_period=3", "--device=cpu"]
-ENDLESS = "--max_iteration=1000000"
 ORIGINAL_TAGS = {
     "learning_rate",
     "policy_loss",
@@ -37,70 +43,7 @@ ORIGINAL_TAGS = {
 }
 
 
-def command(folder, *flags):
-    return [sys.executable, "a3c.py", *TINY, f"--log_dir={folder}", *flags]
-
-
-def run(folder, *flags):
-    """Run the program to its end."""
-    return subprocess.run(command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-class Running:
-    """The program at work in the background, for a `with` block; killed at its end if it still runs."""
-
-    def __init__(self, folder, *flags):
-        self.printed = Path(f"{folder}-output.txt")  # not a pipe: nobody empties it
-        with open(self.printed, "w") as file:
-            self.process = subprocess.Popen(command(folder, *flags), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-    def wait_for(self, condition, seconds=60):
-        """Return once `condition()` holds; the program must not end before."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.printed.read_text()
-            assert time.monotonic() < end, self.printed.read_text()
-            time.sleep(0.1)
-
-    def send(self, number):
-        """Send a signal; return the exit status, which must come within 10 s, and all that was printed."""
-        self.process.send_signal(number)
-        return self.process.wait(timeout=10), self.printed.read_text()
-
-
-def rows(folder):
-    with open(Path(folder) / "progress.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def iterations(folder):
-    return [int(row["iteration"]) for row in rows(folder)]
-
-
-def checkpoints(folder):
-    return [os.path.basename(path) for path in checkpoint.all_checkpoints(str(folder))]
-
-
-def last_iteration(folder):
-    """Return after how many updates `last.ckpt` was saved; every tensor of it is read."""
-    return checkpoint.saved_iteration(checkpoint.read(str(Path(folder) / "last.ckpt")))
-
-
 # A run of six updates, and a copy of it resumed up to ten.
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return the folder of a finished run and its process."""
-    folder = tmp_path_factory.mktemp("trained")
-    return folder, run(folder, "--max_iteration=6")
 
 
 @pytest.fixture(scope="module")
@@ -242,33 +185,7 @@ def test_terminated_and_killed_runs_are_resumed_from_their_newest_checkpoint(tra
     assert f"nothing to do: iteration {reached:,} of max_iteration = {reached:,}" in past.stdout
 
 
-def newest(folder):
-    """Return the number of the newest checkpoint."""
-    return int(checkpoint.numbered(str(folder))[0].rpartition("-")[2])
-
-
 # Faults that are found before training starts.
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """Return a function that runs the command line in this process: status, what it printed, its errors."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["a3c.py", *TINY, *flags])
-        status = a3c.main()
-        return status, *capsys.readouterr()
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    """Let the test fail if games are built."""
-    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: pytest.fail("training started"))
 
 
 def test_unknown_game_ends_with_one_line_that_names_near_ones(tmp_path):
@@ -358,25 +275,6 @@ def test_report_shows_the_average_and_the_maximum_of_the_last_raw_scores(tmp_pat
 
 
 # Faults in the middle of training, with games that cause them.
-
-
-class FaultyEnv(ScriptedEnv):
-    """Four games that pay nothing and, from the 31st step on, do `fault()`."""
-
-    def __init__(self, fault):
-        super().__init__(np.zeros([5, 4]))
-        self.fault = fault
-
-    def step(self, actions):
-        if len(self.actions) >= 30:
-            self.fault()
-        return super().step(actions)
-
-
-def use_games(monkeypatch, *envs):
-    """Let the groups play `envs`."""
-    waiting = list(envs)
-    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: waiting.pop(0))
 
 
 def test_exception_in_a_group_is_shown_and_the_run_saved(tmp_path, main, monkeypatch):
