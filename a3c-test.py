@@ -63,6 +63,8 @@ def open_game(game_id: str, render: bool) -> gymnasium.Env:
     try:
         return make_watching_env(game_id, "human" if render else None)
     except RuntimeError as error:
+        if not render:
+            raise
         raise OSError(f"--render: the display does not answer ({error}). {WITHOUT_WINDOW}") from error
 
 

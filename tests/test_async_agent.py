@@ -226,6 +226,7 @@ def test_groups_are_seeded_apart_and_a_resumed_run_differs_from_its_start(make_c
     assert [env.seeds for env in envs] == [[100], [102], [1100]]
 
 
+@pytest.mark.row(n=12)
 def test_exception_in_an_environment_stops_all_groups_and_is_the_cause_of_a_group_failure(make_config):
     class Broken(ScriptedEnv):
         def step(self, actions):
@@ -244,6 +245,7 @@ def test_exception_in_an_environment_stops_all_groups_and_is_the_cause_of_a_grou
     assert isinstance(failure.value.__cause__, KeyError)
 
 
+@pytest.mark.row(n=13)
 def test_loss_that_is_not_finite_raises_and_leaves_the_shared_network_unchanged(make_config):
     agent = make_agent(ScriptedEnv([[1, 1], [np.nan, 1]]), make_config())
     before = all_weights(agent.shared)
@@ -254,6 +256,7 @@ def test_loss_that_is_not_finite_raises_and_leaves_the_shared_network_unchanged(
     assert agent.progress.iteration == 0
 
 
+@pytest.mark.row(n=13)
 def test_policy_that_is_not_finite_raises_before_its_actions_reach_the_games(make_config):
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
     agent.network.biases["policy"].assign(tf.fill([NUM_ACTIONS], np.nan))
@@ -262,6 +265,7 @@ def test_policy_that_is_not_finite_raises_before_its_actions_reach_the_games(mak
     assert agent.envs.actions == []
 
 
+@pytest.mark.row(n=13)
 def test_policy_with_one_logit_that_is_not_finite_raises_and_changes_nothing(make_config):
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
     before = all_weights(agent.shared)

@@ -165,6 +165,7 @@ def empty(path):
     path.write_bytes(b"")
 
 
+@pytest.mark.row(n=8)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
 @pytest.mark.parametrize("suffix", [DATA, INDEX])
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_resumed(saved, tmp_path, damage, suffix):
@@ -178,6 +179,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_resumed(saved,
     assert "falling back" in warning
 
 
+@pytest.mark.row(n=8)
 def test_index_without_its_data_is_named_and_passed_over(saved, tmp_path):
     (tmp_path / ("model.ckpt-30" + DATA)).unlink()
     other = Run(tmp_path, seed=2)
@@ -185,6 +187,7 @@ def test_index_without_its_data_is_named_and_passed_over(saved, tmp_path):
     assert "model.ckpt-30" in other.warnings[0]
 
 
+@pytest.mark.row(n=8)
 def test_resume_refuses_where_every_checkpoint_is_damaged(saved, tmp_path):
     for path in tmp_path.glob("*.index"):
         empty(path)
@@ -196,6 +199,7 @@ def test_resume_refuses_where_every_checkpoint_is_damaged(saved, tmp_path):
     assert len(other.warnings) == 3
 
 
+@pytest.mark.row(n=5)
 def test_half_written_files_are_removed_and_complete_ones_stay(saved, tmp_path):
     complete = sorted(path.name for path in tmp_path.iterdir())
     (tmp_path / ".unfinished_temp").mkdir()  # where TensorFlow writes first
@@ -206,6 +210,7 @@ def test_half_written_files_are_removed_and_complete_ones_stay(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == complete
 
 
+@pytest.mark.row(n=5)
 def test_half_written_files_of_a_killed_save_do_not_keep_it_from_saving_again(saved, tmp_path):
     (tmp_path / (".unfinished" + DATA)).write_bytes(b"half")
     (tmp_path / ("model.ckpt-40" + DATA)).write_bytes(b"half")
@@ -220,6 +225,7 @@ def test_half_written_files_of_a_killed_save_do_not_keep_it_from_saving_again(sa
 # What may not be loaded or saved.
 
 
+@pytest.mark.row(n=10)
 def test_checkpoint_of_another_number_of_actions_is_refused_with_both_numbers(saved, tmp_path):
     network = ActorCritic(6, seed=2)
     before = [v.numpy() for v in network.trainable_variables]
@@ -234,6 +240,7 @@ def test_checkpoint_of_another_number_of_actions_is_refused_with_both_numbers(sa
     assert equal(other.state(), before)
 
 
+@pytest.mark.row(n=20)
 def test_checkpoint_of_another_layer_size_is_refused_and_named(saved, tmp_path):
     network = ActorCritic(4, seed=2)
     network.weights["hidden"] = tf.Variable(tf.zeros([11 * 11 * 64, 128]))
@@ -243,6 +250,7 @@ def test_checkpoint_of_another_layer_size_is_refused_and_named(saved, tmp_path):
     np.testing.assert_array_equal(network.weights["conv1"], conv1)
 
 
+@pytest.mark.row(n=11)
 def test_unrelated_checkpoint_is_refused(tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "model.ckpt-50"))
     network = ActorCritic(4, seed=2)
@@ -254,6 +262,7 @@ def test_unrelated_checkpoint_is_refused(tmp_path):
         Run(tmp_path).resume()
 
 
+@pytest.mark.row(n=13)
 def test_network_that_is_not_finite_is_not_saved(saved, tmp_path):
     run, _ = saved
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -266,6 +275,7 @@ def test_network_that_is_not_finite_is_not_saved(saved, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.row(n=8)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_save_that_cannot_be_read_back_raises_and_leaves_the_earlier_checkpoints(saved, tmp_path, monkeypatch, damage):
     write = tf.train.Checkpoint.write
@@ -304,6 +314,7 @@ for save in (run.saver.save, run.saver.save_last):
 """
 
 
+@pytest.mark.row(n=6)
 def test_full_disk_raises_and_leaves_the_earlier_checkpoint(tmp_path):
     """A real limit on the size of files, in a process of its own."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
@@ -319,6 +330,7 @@ def test_full_disk_raises_and_leaves_the_earlier_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.ckpt-10" + DATA, "model.ckpt-10" + INDEX]
 
 
+@pytest.mark.row(n=6)
 def test_folder_that_cannot_be_written_raises_an_oserror(saved, tmp_path):
     run, _ = saved
     run.saver.folder = str(tmp_path / "file" / "folder")
@@ -330,6 +342,7 @@ def test_folder_that_cannot_be_written_raises_an_oserror(saved, tmp_path):
 # Names.
 
 
+@pytest.mark.row(n=9)
 def test_resolve_finds_the_checkpoint_behind_a_folder_an_index_and_a_data_file(saved, tmp_path):
     folder, path = str(tmp_path), str(tmp_path / "model.ckpt-20")
     assert [checkpoint.resolve(path + suffix) for suffix in ("", INDEX, DATA)] == [path] * 3
@@ -338,11 +351,13 @@ def test_resolve_finds_the_checkpoint_behind_a_folder_an_index_and_a_data_file(s
     assert checkpoint.resolve(folder) == str(tmp_path / "last.ckpt")
 
 
+@pytest.mark.row(n=9)
 def test_resolve_of_a_missing_checkpoint_lists_what_is_there(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint .*best\.ckpt.*model\.ckpt-30, .*model\.ckpt-20, "):
         checkpoint.resolve(str(tmp_path / "best.ckpt"))
 
 
+@pytest.mark.row(n=9)
 def test_resolve_in_a_folder_without_checkpoints_says_so(tmp_path):
     for path in (tmp_path, tmp_path / "last.ckpt", tmp_path / "nowhere" / "last.ckpt"):
         with pytest.raises(CheckpointError, match="no checkpoint there"):
@@ -362,6 +377,7 @@ while True:
 """
 
 
+@pytest.mark.row(n=4)
 @pytest.mark.slow
 def test_process_that_is_killed_while_it_saves_always_leaves_a_complete_checkpoint(tmp_path):
     rng = np.random.default_rng()
@@ -382,6 +398,7 @@ def test_process_that_is_killed_while_it_saves_always_leaves_a_complete_checkpoi
 # The folder of a run.
 
 
+@pytest.mark.row(n=19)
 def test_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
     folder = str(tmp_path / "new" / "folder")
     with (
@@ -394,6 +411,7 @@ def test_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path)
         assert os.path.isdir(folder)
 
 
+@pytest.mark.row(n=7)
 def test_run_folder_that_is_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"), checkpoint.run_folder(str(tmp_path / "file")):

@@ -60,6 +60,7 @@ def test_defaults_are_the_originals():
     }
 
 
+@pytest.mark.row(n=16)
 @pytest.mark.parametrize("name, value", WRONG)
 def test_wrong_value_raises_naming_field_and_value(name, value):
     with pytest.raises(ValueError) as error:
@@ -117,6 +118,7 @@ def test_every_field_is_a_flag():
     assert parse(*flags) == Config(**values)
 
 
+@pytest.mark.row(n=16)
 @pytest.mark.parametrize(
     "name, value", [(name, value) for name in NUMBERS for value in ("-1", "nan", "inf", "many", "", "true")]
 )

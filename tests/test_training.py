@@ -125,6 +125,7 @@ def test_resumed_run_goes_on_where_the_first_ended(trained, resumed):
     assert last_iteration(folder) == 10
 
 
+@pytest.mark.row(n=20)
 def test_resumed_run_names_the_settings_that_changed(resumed):
     changes = [line for line in resumed[1].stdout.splitlines() if line.startswith("changed")]
     assert "changed since the last run: learning_rate from 0.00025 to 0.001" in changes
@@ -148,6 +149,9 @@ def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path
 # Signals and kills.
 
 
+@pytest.mark.row(n=1)
+@pytest.mark.row(n=2)
+@pytest.mark.row(n=19)
 def test_second_run_in_the_same_folder_is_refused_and_ctrl_c_saves_the_first(tmp_path):
     folder = tmp_path / "run"
     with Running(folder, ENDLESS) as first:
@@ -163,6 +167,10 @@ def test_second_run_in_the_same_folder_is_refused_and_ctrl_c_saves_the_first(tmp
     assert last_iteration(folder) >= iterations(folder)[-1] >= 4
 
 
+@pytest.mark.row(n=3)
+@pytest.mark.row(n=4)
+@pytest.mark.row(n=5)
+@pytest.mark.row(n=21)
 def test_terminated_and_killed_runs_are_resumed_from_their_newest_checkpoint(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -188,6 +196,7 @@ def test_terminated_and_killed_runs_are_resumed_from_their_newest_checkpoint(tra
 # Faults that are found before training starts.
 
 
+@pytest.mark.row(n=15)
 def test_unknown_game_ends_with_one_line_that_names_near_ones(tmp_path):
     process = run(tmp_path / "new", "--game=Brekout-v0")
     assert process.returncode == 1
@@ -196,6 +205,8 @@ def test_unknown_game_ends_with_one_line_that_names_near_ones(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.row(n=10)
+@pytest.mark.row(n=20)
 def test_run_of_another_game_with_more_actions_is_refused(trained, tmp_path, main, no_training):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -206,6 +217,7 @@ def test_run_of_another_game_with_more_actions_is_refused(trained, tmp_path, mai
     assert (folder / "config.json").read_text() == before
 
 
+@pytest.mark.row(n=20)
 def test_run_of_another_game_with_as_many_actions_is_refused(trained, tmp_path, main, no_training):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -216,6 +228,7 @@ def test_run_of_another_game_with_as_many_actions_is_refused(trained, tmp_path, 
     assert errors == f"a3c.py: error: game = 'Breakout-v0': {folder} holds a run of Breakout-v4. Use --log_dir\n"
 
 
+@pytest.mark.row(n=7)
 def test_file_in_place_of_the_log_folder_is_an_error(tmp_path, main, no_training):
     path = tmp_path / "file"
     path.write_text("in the way")
@@ -226,6 +239,7 @@ def test_file_in_place_of_the_log_folder_is_an_error(tmp_path, main, no_training
         assert str(path) in errors
 
 
+@pytest.mark.row(n=17)
 def test_gpu_that_is_not_there_is_an_error_that_names_the_way_out(tmp_path, main, no_training):
     status, _, errors = main(f"--log_dir={tmp_path}", "--device=gpu:99")
     assert status == 1
@@ -233,6 +247,7 @@ def test_gpu_that_is_not_there_is_an_error_that_names_the_way_out(tmp_path, main
     assert "--device cpu" in errors
 
 
+@pytest.mark.row(n=17)
 @pytest.mark.parametrize("device", ["tpu", "cpu:1", "gpu:x", "gpu:-1"])
 def test_unknown_device_is_an_error_that_names_the_known_ones(tmp_path, main, no_training, device):
     status, _, errors = main(f"--log_dir={tmp_path}", f"--device={device}")
@@ -240,6 +255,7 @@ def test_unknown_device_is_an_error_that_names_the_known_ones(tmp_path, main, no
     assert errors == f"a3c.py: error: device = {device!r}: must be auto, cpu, gpu or gpu:N\n"
 
 
+@pytest.mark.row(n=8)
 def test_folder_of_damaged_checkpoints_is_an_error(tmp_path, main, no_training):
     for suffix in (".index", ".data-00000-of-00001"):
         (tmp_path / f"model.ckpt-5{suffix}").write_bytes(b"")
@@ -252,6 +268,7 @@ def test_folder_of_damaged_checkpoints_is_an_error(tmp_path, main, no_training):
 # Resuming, with games that cost no time.
 
 
+@pytest.mark.row(n=4)
 def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_resumed(trained, tmp_path, main, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -277,6 +294,7 @@ def test_report_shows_the_average_and_the_maximum_of_the_last_raw_scores(tmp_pat
 # Faults in the middle of training, with games that cause them.
 
 
+@pytest.mark.row(n=12)
 def test_exception_in_a_group_is_shown_and_the_run_saved(tmp_path, main, monkeypatch):
     def fault():
         raise RuntimeError("cable pulled")
@@ -290,6 +308,7 @@ def test_exception_in_a_group_is_shown_and_the_run_saved(tmp_path, main, monkeyp
     assert last_iteration(tmp_path) >= 6
 
 
+@pytest.mark.row(n=13)
 def test_loss_that_is_not_finite_ends_the_run_and_the_network_before_it_is_saved(tmp_path, main, monkeypatch):
     class NanEnv(ScriptedEnv):
         def step(self, actions):
@@ -305,6 +324,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_the_network_before_it_is_saved
     assert all(np.all(np.isfinite(variable)) for variable in network.trainable_variables)
 
 
+@pytest.mark.row(n=14)
 def test_group_that_stalls_is_named_and_the_run_saved(tmp_path, main, monkeypatch):
     over = threading.Event()
 
@@ -328,6 +348,7 @@ def test_group_that_stalls_is_named_and_the_run_saved(tmp_path, main, monkeypatc
             thread.join(timeout=30)
 
 
+@pytest.mark.row(n=6)
 def test_disk_that_fills_up_ends_the_run_with_its_earlier_checkpoint_intact(tmp_path, main, monkeypatch):
     real = tf.train.Checkpoint.write
     written = []

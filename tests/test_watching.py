@@ -44,6 +44,7 @@ def test_softmax_policy_draws_with_the_networks_probabilities():
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 2000, probabilities, atol=0.05)
 
 
+@pytest.mark.row(n=13)
 @pytest.mark.parametrize("policy", ["greedy", "softmax"])
 def test_logits_that_are_not_finite_are_refused(policy):
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -168,6 +169,7 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
     assert not path.exists()
 
 
+@pytest.mark.row(n=9)
 def test_folder_of_a_run_is_taken_as_its_last_checkpoint(main, model, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "play_game", lambda *_: 1.0)
     assert main(f"--model={model}", "--iter=1") == 0
@@ -191,6 +193,7 @@ def test_interrupt_keeps_the_games_so_far(main, tmp_path, monkeypatch):
 # What is refused before a game is played.
 
 
+@pytest.mark.row(n=9)
 def test_missing_model_ends_with_one_line_that_lists_what_is_there(model, tmp_path):
     command = [sys.executable, "a3c-test.py", f"--model={model}/best.ckpt", f"--out={tmp_path}"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -199,11 +202,13 @@ def test_missing_model_ends_with_one_line_that_lists_what_is_there(model, tmp_pa
     assert line.startswith(f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/last.ckpt, ")
 
 
+@pytest.mark.row(n=10)
 def test_model_of_another_number_of_actions_is_refused_with_both_numbers(main, no_play):
     with pytest.raises(CheckpointError, match="4 actions; this one has 18"):
         main("--game=Tennis-v0")
 
 
+@pytest.mark.row(n=11)
 def test_model_of_something_else_is_refused(main, no_play, tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "last.ckpt"))
     with pytest.raises(CheckpointError, match="not a checkpoint of this network"):
@@ -217,6 +222,7 @@ def test_model_without_a_config_needs_the_game(main, no_play, model, tmp_path):
         main(f"--model={tmp_path}/last.ckpt")
 
 
+@pytest.mark.row(n=22)
 def test_file_in_place_of_the_output_folder_is_an_error(main, no_play, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in ("file", "file/below"):
@@ -224,6 +230,7 @@ def test_file_in_place_of_the_output_folder_is_an_error(main, no_play, tmp_path)
             main(f"--out={tmp_path / folder}")
 
 
+@pytest.mark.row(n=22)
 def test_render_without_a_display_is_an_error_that_names_the_way_out(main, no_play, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
@@ -234,6 +241,7 @@ def test_render_without_a_display_is_an_error_that_names_the_way_out(main, no_pl
     assert "play.mp4 instead" in capsys.readouterr().err
 
 
+@pytest.mark.row(n=22)
 def test_missing_video_encoder_is_an_error_that_names_the_way_out(main, no_play, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     with pytest.raises(OSError, match="--film 0"):
