@@ -63,6 +63,7 @@ check_packages()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _quiet_stderr():  # the import prints a dozen lines before any log level applies
     import tensorflow as tf
+tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
 
 
 def choose_device(device: str) -> str:
