@@ -1,0 +1,46 @@
+"""What every command checks first: packages and device."""
+
+import importlib.metadata
+import re
+
+import pytest
+
+import startup
+
+
+def test_installed_packages_are_enough():
+    startup.check_packages()
+
+
+def test_bounds_are_those_of_requirements_txt():
+    with open("requirements.txt") as file:
+        bounds = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", file.read(), re.MULTILINE))
+    assert bounds == startup.REQUIRED
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [(None, "tensorboard is not installed: tensorboard>=2.20 is needed"), ("2.9.1", "tensorboard 2.9.1 is too old")],
+)
+def test_missing_or_old_package_ends_the_program_with_one_line_that_names_it(monkeypatch, found, said):
+    real = importlib.metadata.version
+
+    def version(package):
+        if package != "tensorboard":
+            return real(package)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit) as ended:
+        startup.check_packages()
+    assert str(ended.value).startswith(said)
+    assert "\n" not in str(ended.value)
+    assert "pip install -r requirements.txt" in str(ended.value)
+
+
+@pytest.mark.parametrize("device", ["gpu:x", "tpu", "cpu:1", ""])
+def test_device_that_is_none_raises_naming_it(device):
+    with pytest.raises(ValueError, match=f"device = '{device}': must be auto, cpu, gpu or gpu:N"):
+        startup.choose_device(device)
