@@ -63,7 +63,9 @@ def draw_scores(runs: dict[str, dict], references: dict[str, dict], path: str) -
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("raw score of recent games: average, maximum (thin)")
-    panels[0].set_ylim(0, max(np.nanmax(run["maximum_score"]) for run in runs.values()) * 1.05 or 1)
+    highest = max(np.nan_to_num(run["maximum_score"]).max() for run in runs.values())  # NaN until a game has ended
+    lowest = min(0, *(np.nan_to_num(run["average_score"]).min() for run in runs.values()))  # Pong's go down to -21
+    panels[0].set_ylim(lowest * 1.05, highest * 1.05 or 1)
     panels[0].legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

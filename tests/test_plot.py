@@ -1,0 +1,40 @@
+"""Pictures of runs, as a user asks for them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = "models/breakout-v0"
+
+
+def plot(*arguments):
+    command = [sys.executable, "plot.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("scores", ["nan,nan", "-20.5,-19"])
+def test_run_without_a_finished_game_or_with_negative_scores_is_drawn(tmp_path, scores):
+    header = (ROOT / SHIPPED / "progress.csv").read_text().splitlines()[0]
+    (tmp_path / "progress.csv").write_text(
+        f"{header}\n5,100,0,1.5,{scores},0,0,1,1,0.1,20\n10,200,0,2,{scores},0,0,1,1,0.1,20\n"
+    )
+    process = plot(tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert Image.open(tmp_path / "scores.png").size == (1500, 450)
+
+
+def test_several_runs_and_a_reference_are_drawn_into_the_folder_asked_for(tmp_path):
+    process = plot(SHIPPED, "results/busy-machine", "--reference", "results/original.csv", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "losses.png"}
+
+
+def test_run_that_is_not_there_is_named(tmp_path):
+    process = plot(tmp_path / "nothing")
+    assert process.returncode == 1
+    assert "nothing" in process.stderr and len(process.stderr.splitlines()) == 1
