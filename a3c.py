@@ -154,18 +154,20 @@ def train(config: Config) -> int:
 def _run_threads(config, game, device, shared, progress, saver, report) -> int:
     """Start a thread for each group, report until they stop, save. Return the exit status."""
     coordinator = tf.train.Coordinator()
-    agents, threads, signals, saving = [], [], [], []
+    agents, threads, signals = [], [], []
+    saving = None  # name of the thread that is at it, since when
     all_stand = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # handled in the loop below; a second one changes nothing
         signal.signal(number, lambda number, _: signals.append(number))
 
     def on_update(losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
+        nonlocal saving
         report.add(losses)
         if progress.iteration % config.save_period == 0:
-            saving.append(threading.current_thread().name)  # the others wait for it, through no fault of theirs
+            saving = threading.current_thread().name, time.monotonic()
             saver.save()
-            saving.clear()
+            saving = None
 
     def keep_watch(seconds: float) -> bool:
         """Report for up to `seconds`; return whether it is time to stop."""
@@ -177,9 +179,11 @@ def _run_threads(config, game, device, shared, progress, saver, report) -> int:
             if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
                 for agent in agents:
                     agent.alive_at += asleep
-            slowest = min(agents, key=lambda agent: agent.alive_at, default=None)
-            if slowest and time.monotonic() - slowest.alive_at > config.stall_timeout:
-                name = f"{saving[0]}, which is saving," if saving else f"group {slowest.index}"
+            slowest, now, busy = min(agents, key=lambda agent: agent.alive_at, default=None), time.monotonic(), saving
+            if slowest and now - slowest.alive_at > config.stall_timeout:
+                name = f"group {slowest.index}"
+                if busy and now - busy[1] > config.stall_timeout / 2:  # the others wait for it
+                    name = f"{busy[0]}, which is saving,"
                 raise TimeoutError(f"{name} has not taken a step for {config.stall_timeout:.0f} s")
         return bool(signals) or coordinator.should_stop()
 
