@@ -872,7 +872,7 @@ TWO_PLAYERS = {"combat", "joust", "maze_craze", "warlords"}  # ale-py ships them
 def test_every_rom_is_a_registered_game_or_for_two_players_only():
     assert set(roms.get_all_rom_ids()) == set(GAMES) | TWO_PLAYERS
     for rom in TWO_PLAYERS:
-        with pytest.raises(ValueError, match="is not known. Did you mean"):
+        with pytest.raises(ValueError, match=r"is not known\. Did you mean"):
             find_game(f"ALE/{rom.title().replace('_', '')}-v5")
 
 
