@@ -9,6 +9,7 @@ each: ceiling = 1 / (1 / environments + 1 / network). On a GPU the ceiling is th
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import numpy as np
 
 import a3c
 from async_agent import GroupAgent, Progress
-from environment import FRAME_SIZE, Game, find_game, make_training_envs
+from environment import FRAME_SIZE, Game, available_cores, find_game, make_training_envs
 from network import SharedNetwork
 from report import Report
 from startup import tf
@@ -56,15 +57,14 @@ class Bench:
     """One configuration, built once, whose parts are then measured as often as one likes."""
 
     def __init__(self, config: a3c.Config, game: Game, device: str, log_dir: str):
-        self.config, self.device = config, device
-        self.config.log_dir = log_dir
+        self.config, self.device = dataclasses.replace(config, log_dir=log_dir), device
         self.progress = Progress(config.num_threads, config.agents_per_thread)
         shared = SharedNetwork(game.num_actions, config.decay, config.random_seed)
         self.times = []  # of updates
 
         def agents(all_envs):
             return [
-                GroupAgent(index, envs, shared, self.progress, config, self.on_update)
+                GroupAgent(index, envs, shared, self.progress, self.config, self.on_update)
                 for index, envs in enumerate(all_envs)
             ]
 
@@ -136,7 +136,7 @@ def bytes_per_step(config: a3c.Config) -> tuple[float, float]:
     return up / steps, down / steps
 
 
-def measure_startup(config: a3c.Config, flags: list[str], seconds: float, log_dir: str) -> dict[str, float]:
+def measure_startup(flags: list[str], seconds: float, log_dir: str) -> dict[str, float]:
     """Run `a3c.py` itself until all groups learn and some seconds on; return when learning began, and peak memory."""
     with tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "a3c.py"), *flags]
@@ -195,7 +195,7 @@ def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds:
     }
 
 
-def sweep(config_from_flags, device: str, seconds: float, path: str) -> list[dict]:
+def sweep(config: a3c.Config, game: Game, device: str, seconds: float, path: str) -> list[dict]:
     """Measure training for each number of threads and of agents per thread, and draw the result."""
     import matplotlib
 
@@ -205,9 +205,9 @@ def sweep(config_from_flags, device: str, seconds: float, path: str) -> list[dic
     points = []
     for agents in SWEEP_AGENTS:
         for threads in SWEEP_THREADS:
-            config = config_from_flags(num_threads=threads, agents_per_thread=agents)
+            varied = dataclasses.replace(config, num_threads=threads, agents_per_thread=agents)
             with tempfile.TemporaryDirectory() as log_dir:
-                bench = Bench(config, find_game(config.game), device, log_dir)
+                bench = Bench(varied, game, device, log_dir)
                 rate = float(np.median([bench.measure_updates(bench.training_agents, seconds / 2) for _ in range(3)]))
             points.append({"num_threads": threads, "agents_per_thread": agents, "steps_per_second": round(rate)})
             print(f"{threads} threads x {agents} agents: {rate:,.0f} steps/s", flush=True)
@@ -229,7 +229,7 @@ def hardware() -> str:
     name = platform.processor()
     with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as cpuinfo:
         name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read())[1]
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {available_cores()} cores"
 
 
 def main() -> None:
@@ -247,16 +247,11 @@ def main() -> None:
 
     with tf.device(device):
         if arguments.sweep:
-            fields = {name: getattr(config, name) for name in vars(config)}
-            results = {
-                "sweep": sweep(
-                    lambda **changes: a3c.Config(**{**fields, **changes}), device, arguments.seconds, arguments.sweep
-                )
-            }
+            results = {"sweep": sweep(config, game, device, arguments.seconds, arguments.sweep)}
         else:
             flags = [f"--{name}={value}" for name, value in vars(config).items() if name != "log_dir"]
             with tempfile.TemporaryDirectory() as log_dir:
-                results = measure_startup(config, flags, arguments.seconds, log_dir)
+                results = measure_startup(flags, arguments.seconds, log_dir)
             results = {**measure(config, game, device, arguments.seconds, arguments.rounds), **results}
     results |= {"game": game.id, "device": device.strip("/"), "hardware": hardware(), "versions": startup.versions()}
     for name, value in results.items():

@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -149,15 +149,16 @@ class Saver:
         paths = all_checkpoints(self.folder)
         for path in paths:
             try:
-                candidates.append((saved_iteration(read(path), path), path))
+                tensors = read(path)
+                candidates.append((saved_iteration(tensors, path), path, tensors))
             except CheckpointError as error:
                 warn(f"{error}; falling back to an earlier one")
         if not candidates:
             if paths:
                 raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
             return None
-        path = max(candidates)[1]
-        check_fits(read(path), self.shared, path)
+        _, path, tensors = max(candidates)  # by iteration, then by path, which no two share
+        check_fits(tensors, self.shared, path)
         self.checkpoint.read(path).assert_consumed()
         self.newest = path
         return path
@@ -201,19 +202,18 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
     Raises:
       CheckpointError: names the first tensor that is missing or has another shape.
     """
-    for kind, variables in (("weights", network.weights), ("biases", network.biases)):
-        for layer, variable in variables.items():
-            found = tensors.get(f"{kind}/{layer}{_KEY}")
-            if found is None:
-                raise CheckpointError(f"{path} is not a checkpoint of this network: it has no {layer} {kind}")
-            if layer == "policy" and found.shape[-1] != network.num_actions:
-                raise CheckpointError(
-                    f"{path} is of a game with {found.shape[-1]} actions; this one has {network.num_actions}"
-                )
-            if found.shape != tuple(variable.shape):
-                raise CheckpointError(
-                    f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}"
-                )
+    for kind, layer, variable in _parameters(network):
+        found = tensors.get(f"{kind}/{layer}{_KEY}")
+        if found is None:
+            raise CheckpointError(f"{path} is not a checkpoint of this network: it has no {layer} {kind}")
+        if layer == "policy" and found.shape[-1] != network.num_actions:
+            raise CheckpointError(
+                f"{path} is of a game with {found.shape[-1]} actions; this one has {network.num_actions}"
+            )
+        if found.shape != tuple(variable.shape):
+            raise CheckpointError(
+                f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}"
+            )
 
 
 def load_network(path: str, network: ActorCritic) -> int:
@@ -224,10 +224,16 @@ def load_network(path: str, network: ActorCritic) -> int:
     """
     tensors = read(path)
     check_fits(tensors, network, path)
+    for kind, layer, variable in _parameters(network):
+        variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
+    return saved_iteration(tensors, path)
+
+
+def _parameters(network: ActorCritic) -> Iterator[tuple[str, str, tf.Variable]]:
+    """Yield kind, layer and variable of each parameter; the first two make its name in a checkpoint."""
     for kind, variables in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in variables.items():
-            variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
-    return saved_iteration(tensors, path)
+            yield kind, layer, variable
 
 
 def resolve(path: str) -> str:

@@ -79,17 +79,21 @@ def find_game(game_id: str) -> Game:
     )
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.vector.VectorEnv:
     """Build `num_envs` games that run in C++ without Python's global lock, sharing the cores with the other groups.
 
     A game that ends restarts in the same step, so every row of every step is play. Rewards are raw scores. Takes
     about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return AtariVectorEnv(
         game.rom,
         num_envs,
-        num_threads=max(1, cores // num_groups),  # 0 would take every core, for each group
+        num_threads=max(1, available_cores() // num_groups),  # 0 would take every core, for each group
         max_num_frames_per_episode=game.max_frames,
         repeat_action_probability=game.repeat_action_probability,
         frameskip=game.frameskip,
