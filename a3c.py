@@ -2,7 +2,8 @@
 
 Four threads each play 64 games for 5 steps on their own copy of one network, turn them into one gradient, apply it to
 the shared network without waiting for the others, and copy its weights back. Running again with the same log folder
-resumes. The threads' loop is in `async_agent.py`, the network and its update in `network.py`.
+resumes. The threads' loop is in `async_agent.py`, the network and its update in `network.py`, starting and stopping in
+`groups.py`.
 
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"; hiwonjoon/tf-a3c-gpu.
 """
@@ -17,22 +18,18 @@ import inspect
 import math
 import os
 import re
-import signal
 import sys
 import threading
-import time
 import traceback
 import typing
 
 import checkpoint
-from async_agent import GroupAgent, GroupFailure, Progress
-from environment import find_game, make_training_envs
-from network import Losses, SharedNetwork
+from async_agent import GroupFailure, Progress
+from environment import find_game
+from groups import Groups
+from network import SharedNetwork
 from report import Report
 from startup import tf
-
-STOP_GRACE = 6.0  # seconds that threads get to finish what they are at
-SAVE_GRACE = 30.0  # seconds that a save which a thread has begun gets on top
 
 
 @dataclasses.dataclass
@@ -148,93 +145,7 @@ def train(config: Config) -> int:
             print(f"nothing to do: iteration {progress.iteration:,} of max_iteration = {config.max_iteration:,}")
             return 0
         with Report(config, progress) as report:
-            return _run_threads(config, game, device, shared, progress, saver, report)
-
-
-def _run_threads(config, game, device, shared, progress, saver, report) -> int:
-    """Start a thread for each group, report until they stop, save. Return the exit status."""
-    coordinator = tf.train.Coordinator()
-    agents, threads, signals = [], [], []
-    saving = None  # name of the thread that is at it, since when
-    all_stand = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # handled in the loop below; a second one changes nothing
-        signal.signal(number, lambda number, _: signals.append(number))
-
-    def on_update(losses: Losses) -> None:
-        """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
-        nonlocal saving
-        report.add(losses)
-        if progress.iteration % config.save_period == 0:
-            saving = threading.current_thread().name, time.monotonic()
-            saver.save()
-            saving = None
-
-    def keep_watch(seconds: float) -> bool:
-        """Report for up to `seconds`; return whether it is time to stop."""
-        end = time.monotonic() + seconds
-        while not (signals or coordinator.should_stop()) and (now := time.monotonic()) < end:
-            coordinator.wait_for_stop(min(0.2, seconds))
-            report.show()
-            asleep = time.monotonic() - now
-            if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
-                for agent in agents:
-                    agent.alive_at += asleep
-            slowest, now, busy = min(agents, key=lambda agent: agent.alive_at, default=None), time.monotonic(), saving
-            if slowest and now - slowest.alive_at > config.stall_timeout:
-                name = f"group {slowest.index}"
-                if busy and now - busy[1] > config.stall_timeout / 2:  # the others wait for it
-                    name = f"{busy[0]}, which is saving,"
-                raise TimeoutError(f"{name} has not taken a step for {config.stall_timeout:.0f} s")
-        return bool(signals) or coordinator.should_stop()
-
-    try:
-        for index in range(config.num_threads):
-            report.status(f"building group {index + 1} of {config.num_threads}")
-            envs = make_training_envs(game, config.agents_per_thread, config.num_threads)
-            agents.append(GroupAgent(index, envs, shared, progress, config, on_update))
-            # The first learns at once; the others would take the cores from what is still being built.
-            arguments = (coordinator, device, all_stand if index else None)
-            thread = threading.Thread(target=agents[-1].run, args=arguments, name=f"group {index}", daemon=True)
-            threads.append(thread)
-            thread.start()
-            # Building holds Python's global lock, so let the first group's first update through.
-            while index == 1 and progress.iteration == 0 and not keep_watch(0.05):
-                pass
-            if keep_watch(0.05):
-                break
-        report.status("starting the last group")
-        while not keep_watch(0.2):
-            if all(agent.history is not None for agent in agents):
-                all_stand.set()
-            if all(agent.steps > config.unroll_step for agent in agents):
-                first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
-                report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
-                break
-        report.status("")
-        while not keep_watch(60):
-            pass
-    finally:
-        coordinator.request_stop()
-        report.status("stopping")
-        try:
-            coordinator.join(threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
-        finally:
-            try:
-                saved = _save_last(progress, saver)
-            finally:
-                report.show()  # after the save, because it fails where the disk is full
-            report.write("saved " + saved)
-    return 128 + signals[0] if signals else 0
-
-
-def _save_last(progress: Progress, saver: checkpoint.Saver) -> str:
-    """Save under `last.ckpt` and return its path. Raises TimeoutError where a stalled thread keeps the lock."""
-    if not progress.lock.acquire(timeout=SAVE_GRACE):
-        raise TimeoutError("a thread that does not stop keeps the network locked; the checkpoint before this stays")
-    try:
-        return saver.save_last()
-    finally:
-        progress.lock.release()
+            return Groups(config, shared, progress, saver, report).run(game, device)
 
 
 def _note_config(config: Config, resuming: bool) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import a3c
 import checkpoint
+import groups
 from a3c import Config
 
 startup.choose_device("cpu")  # one thread per operation, as in training; it cannot be set later
@@ -163,7 +164,7 @@ def main(monkeypatch, capsys):
 @pytest.fixture
 def no_training(monkeypatch):
     """Let the test fail if games are built."""
-    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(groups, "make_training_envs", lambda *_: pytest.fail("training started"))
 
 
 class FaultyEnv(ScriptedEnv):
@@ -182,4 +183,4 @@ class FaultyEnv(ScriptedEnv):
 def use_games(monkeypatch, *envs):
     """Let the groups play `envs`."""
     waiting = list(envs)
-    monkeypatch.setattr(a3c, "make_training_envs", lambda *_: waiting.pop(0))
+    monkeypatch.setattr(groups, "make_training_envs", lambda *_: waiting.pop(0))

@@ -44,6 +44,7 @@ from test_watching import watching
 
 import a3c
 import checkpoint
+import groups
 import startup
 from a3c import Config
 from async_agent import GroupAgent, Progress
@@ -456,7 +457,7 @@ def four_groups(monkeypatch):
         here = place == "environment step"
         games = [FaultyEnv(fault_in_time if here and n == group else lambda: None) for n in range(4)]
         use_games(monkeypatch, *games)
-        monkeypatch.setattr(a3c, "GroupAgent", Watched)
+        monkeypatch.setattr(groups, "GroupAgent", Watched)
         monkeypatch.setattr(checkpoint.Saver, "save", save_or_fail)
 
     return inject
@@ -495,8 +496,8 @@ def test_stall_of_any_thread_is_named_and_a_save_kept(tmp_path, main, monkeypatc
         config.stall_timeout = 1.0  # from here on, so that the groups' first steps may take their time
         over.wait(60)
 
-    monkeypatch.setattr(a3c, "STOP_GRACE", 0.2)
-    monkeypatch.setattr(a3c, "SAVE_GRACE", 0.2)
+    monkeypatch.setattr(groups, "STOP_GRACE", 0.2)
+    monkeypatch.setattr(groups, "SAVE_GRACE", 0.2)
     four_groups(place, group, stall)
     try:
         status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=4")
@@ -712,15 +713,15 @@ def test_memory_that_runs_out_in_a_thread_says_what_to_lower(tmp_path, main, fou
 
 
 @pytest.mark.row(n=18)
-@pytest.mark.parametrize("part", ["SharedNetwork", "GroupAgent"])
-def test_memory_that_runs_out_while_building_says_what_to_lower(trained, tmp_path, main, monkeypatch, part):
+@pytest.mark.parametrize("module, part", [(a3c, "SharedNetwork"), (groups, "GroupAgent")])
+def test_memory_that_runs_out_while_building_says_what_to_lower(trained, tmp_path, main, monkeypatch, module, part):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
 
     def run_out(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[7744,256]")
 
-    monkeypatch.setattr(a3c, part, run_out)
+    monkeypatch.setattr(module, part, run_out)
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
     status, _, errors = main(f"--log_dir={folder}", ENDLESS)
     assert status == 1

@@ -29,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import a3c
 import checkpoint
+import groups
 from network import ActorCritic
 from startup import tf
 
@@ -332,7 +333,7 @@ def test_group_that_stalls_is_named_and_the_run_saved(tmp_path, main, monkeypatc
         if not over.wait(30):
             raise RuntimeError("nobody noticed")
 
-    monkeypatch.setattr(a3c, "STOP_GRACE", 0.2)
+    monkeypatch.setattr(groups, "STOP_GRACE", 0.2)
     use_games(monkeypatch, FaultyEnv(fault))
     try:
         flags = ["--max_iteration=500", "--num_threads=1", "--stall_timeout=2"]
