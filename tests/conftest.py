@@ -2,6 +2,7 @@
 
 import startup  # isort: skip  # first: it sets TensorFlow up
 
+import collections
 import csv
 import os
 import signal
@@ -20,6 +21,25 @@ import groups
 from a3c import Config
 
 startup.choose_device("cpu")  # one thread per operation, as in training; it cannot be set later
+
+
+def pytest_itemcollected(item):
+    """Note the rows of the fault table that a test belongs to, for the summary below and for `--junitxml`."""
+    item.user_properties.append(("rows", [mark.kwargs["n"] for mark in item.iter_markers("row")]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print how many cases of each row of `docs/reliability.md` ran, and how they ended."""
+    counts = collections.defaultdict(collections.Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in dict(report.user_properties).get("rows", []):
+                counts[row][outcome] += 1
+    if counts:
+        terminalreporter.section("faults injected")
+    for row, outcomes in sorted(counts.items()):
+        ended = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+        terminalreporter.write_line(f"row {row:2}: {ended}")
 
 
 class ScriptedEnv(gymnasium.vector.VectorEnv):
