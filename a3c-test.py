@@ -133,9 +133,9 @@ def main() -> int:
         print(f"{game.id}, {model} after {iteration:,} updates, {arguments.policy}, on {device.strip('/')}", flush=True)
 
         os.makedirs(arguments.out, exist_ok=True)
-        results_path = os.path.join(arguments.out, "results.json")
-        open(results_path, "a").close()  # a folder that cannot be written is found out before playing
-        film_path = os.path.join(arguments.out, "play.mp4")
+        results_path, film_path = (os.path.join(arguments.out, name) for name in ("results.json", "play.mp4"))
+        for path in (results_path, film_path) if arguments.film else (results_path,):
+            open(path, "a").close()  # what cannot be written is found out, and named, before playing
         scores, status = [], 0
         with contextlib.ExitStack() as stack:
             env = open_game(game.id, arguments.render)

@@ -53,8 +53,6 @@ from environment import find_game, make_watching_env
 from network import ActorCritic, SharedNetwork
 from startup import tf
 
-pytestmark = pytest.mark.slow  # on demand, `pytest -m slow tests/test_faults.py`: minutes, and not all pass yet
-
 STEPS = 4 * 5  # agent steps of an update of a tiny run
 RARELY = "--save_period=1000000"
 
