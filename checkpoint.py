@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from network import ActorCritic, SharedNetwork
-from startup import tf
+from startup import reason, tf
 
 CONFIG = "config.json"
 LAST = "last.ckpt"
@@ -133,8 +133,7 @@ class Saver:
             os.replace(unfinished + _INDEX, path + _INDEX)
         except (tf.errors.OpError, OSError) as error:
             self.remove_unfinished()
-            reason = (error.message if isinstance(error, tf.errors.OpError) else str(error)).splitlines()[0]
-            raise OSError(f"cannot save {path}: {reason}. Earlier saves are intact") from error
+            raise OSError(f"cannot save {path}: {reason(error)}. Earlier saves are intact") from error
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
@@ -184,8 +183,7 @@ def read(path: str) -> dict[str, np.ndarray]:
         reader = tf.train.load_checkpoint(path)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except (tf.errors.OpError, ValueError, RuntimeError, IndexError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason(error)})") from error
 
 
 def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from network import Losses, learning_rate_at
-from startup import tf
+from startup import reason, tf
 
 # Averages and rates are over the `summary_period` updates up to the row; scores are raw, the last whole game of each
 # environment; `seconds` counts training over all resumes.
@@ -141,8 +141,7 @@ class Report:
         try:
             yield
         except (OSError, tf.errors.OpError) as error:
-            reason = error.message if isinstance(error, tf.errors.OpError) else error
-            raise OSError(f"cannot write the report in {self.config.log_dir}: {reason}") from error
+            raise OSError(f"cannot write the report in {self.config.log_dir}: {reason(error)}") from error
 
     def _write_row(self, row: dict) -> None:
         cells = {name: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for name, v in row.items()}

@@ -91,6 +91,12 @@ def choose_device(device: str) -> str:
     return f"/GPU:{number or 0}" if gpus and kind != "cpu" else "/CPU:0"
 
 
+def reason(error: Exception) -> str:
+    """Return in one line why the system or TensorFlow refused something."""
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    return re.sub(r"^\{\{.*?\}\} *", "", (text or type(error).__name__).splitlines()[0])  # {{node of its graph}}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
     packages = ("tensorflow", "gymnasium", "ale-py", "numpy")

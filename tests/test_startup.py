@@ -44,3 +44,15 @@ def test_missing_or_old_package_ends_the_program_with_one_line_that_names_it(mon
 def test_device_that_is_none_raises_naming_it(device):
     with pytest.raises(ValueError, match=f"device = '{device}': must be auto, cpu, gpu or gpu:N"):
         startup.choose_device(device)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError("no\nroom"), "no"),
+        (MemoryError(), "MemoryError"),
+        (startup.tf.errors.ResourceExhaustedError(None, None, "{{node a/b}} f.v2; No space\n\tflush"), "f.v2; No space"),
+    ],
+)
+def test_reason_is_one_line_without_what_only_tensorflow_needs(error, said):
+    assert startup.reason(error) == said
