@@ -51,7 +51,10 @@ def test_device_that_is_none_raises_naming_it(device):
     [
         (OSError("no\nroom"), "no"),
         (MemoryError(), "MemoryError"),
-        (startup.tf.errors.ResourceExhaustedError(None, None, "{{node a/b}} f.v2; No space\n\tflush"), "f.v2; No space"),
+        (
+            startup.tf.errors.ResourceExhaustedError(None, None, "{{node a/b}} f.v2; No space\n\tflush"),
+            "f.v2; No space",
+        ),
     ],
 )
 def test_reason_is_one_line_without_what_only_tensorflow_needs(error, said):
