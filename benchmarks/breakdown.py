@@ -65,6 +65,8 @@ def main() -> None:
     parser = a3c.config_parser(__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20, help="to measure for (%(default)s)")
     arguments = parser.parse_args()
+    if arguments.seconds <= 0:
+        parser.error("--seconds must be above 0")
     arguments.num_threads = 1
     config = a3c.config_from(parser, arguments)
     game, device = find_game(config.game), startup.choose_device("cpu")

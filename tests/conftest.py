@@ -97,9 +97,9 @@ def command(folder, *flags, program=("a3c.py",)):
     return [sys.executable, *program, *TINY, f"--log_dir={folder}", *flags]
 
 
-def run(folder, *flags, before=(), **options):
-    """Run the program to its end, behind the command `before`."""
-    words = [*before, *command(folder, *flags)]
+def run(folder, *flags, **options):
+    """Run the program to its end."""
+    words = command(folder, *flags)
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
 
 

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = "models/breakout-v0"
 
 

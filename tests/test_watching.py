@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import av
 import gymnasium
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import checkpoint
 from async_agent import Progress
@@ -21,7 +21,6 @@ from environment import history_to_frames, preprocess
 from network import SharedNetwork
 from startup import tf
 
-ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
 watching = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(watching)
