@@ -1,12 +1,14 @@
 """Draw learning curves: `python plot.py log/Breakout-v0` writes scores.png and losses.png into the run's folder.
 
-Give several runs to compare them; `--reference FILE.csv` adds dashed curves of average score by agent steps.
+Give several runs to compare them, `--steps N` as far as N agent steps; `--reference FILE.csv` adds dashed curves of
+average score by agent steps.
 """
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages
 
 import argparse
 import csv
+import math
 import os
 import sys
 
@@ -44,6 +46,13 @@ def read_columns(path: str) -> dict[str, np.ndarray]:
             return np.array(texts)
 
     return {name: column(name) for name in rows[0]}
+
+
+def first_steps(run: dict[str, np.ndarray], steps: float) -> dict[str, np.ndarray]:
+    """Return the rows of a run up to so many agent steps. Raises ValueError where there are none."""
+    if run["agent_steps"][0] > steps:
+        raise ValueError(f"--steps {steps:,.0f}: a run's first row is after {run['agent_steps'][0]:,.0f} agent steps")
+    return {name: column[run["agent_steps"] <= steps] for name, column in run.items()}
 
 
 def draw_scores(runs: dict[str, dict], references: dict[str, dict], path: str) -> None:
@@ -101,9 +110,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, or their progress.csv")
     parser.add_argument("--out", help="folder for the pictures (by default that of the first run)")
     parser.add_argument("--reference", help="CSV file with agent_steps, average_score and, for several curves, run")
+    parser.add_argument("--steps", type=float, default=math.inf, help="draw only this many agent steps of each run")
     arguments = parser.parse_args()
     try:
-        runs = {_run_name(path): read_columns(path) for path in arguments.runs}
+        runs = {_run_name(path): first_steps(read_columns(path), arguments.steps) for path in arguments.runs}
         references = split_references(arguments.reference) if arguments.reference else {}
         first = arguments.runs[0]
         out = arguments.out or (first if os.path.isdir(first) else os.path.dirname(first) or ".")

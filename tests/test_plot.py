@@ -33,6 +33,16 @@ def test_several_runs_and_a_reference_are_drawn_into_the_folder_asked_for(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "losses.png"}
 
 
+def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(tmp_path):
+    assert plot(SHIPPED, "--steps", 1e6, "--out", tmp_path / "part").returncode == 0
+    assert plot(SHIPPED, "--out", tmp_path / "whole").returncode == 0
+    part, whole = ((tmp_path / name / "scores.png").read_bytes() for name in ("part", "whole"))
+    assert part != whole
+    process = plot(SHIPPED, "--steps", 10, "--out", tmp_path)
+    assert process.returncode == 1
+    assert "--steps 10" in process.stderr and len(process.stderr.splitlines()) == 1
+
+
 def test_run_that_is_not_there_is_named(tmp_path):
     process = plot(tmp_path / "nothing")
     assert process.returncode == 1
