@@ -1,0 +1,152 @@
+"""Try hyperparameters: `python -m benchmarks.experiments docs/experiments.txt --steps 2000000 --seeds 1 2`.
+
+Each line of the list is a name, a colon and flags of `a3c.py`. Every configuration is run with every seed, one run on
+each core at a time, until it has taken so many agent steps; then its row goes into `docs/experiments.csv`, also if it
+failed. What has its row is not run again, and what was stopped half-way is resumed, so a search may take many sittings.
+Two runs on a core each screen faster than one after the other on both, but share memory and caches: compare by agent
+steps, and take minutes from `bench.py` with the same flags.
+"""
+
+import argparse
+import csv
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
+COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
+WINDOW = 100_000  # agent steps up to a mark that a score is averaged over
+
+
+class Trial(NamedTuple):
+    """One configuration with one seed."""
+
+    name: str
+    flags: str
+    seed: int
+
+
+def read_list(path: str) -> dict[str, str]:
+    """Return the flags by name. Raises ValueError on a line without a colon or with a name that was there before."""
+    found = {}
+    with open(path) as file:
+        for line in file:
+            line = line.partition("#")[0].strip()
+            name, colon, flags = line.partition(":")
+            if line and (not colon or name in found):
+                raise ValueError(f"{path}: {line!r} must be a new name, a colon and flags")
+            if line:
+                found[name] = flags.strip()
+    return found
+
+
+def read_rows(path: str) -> list[dict]:
+    """Return the rows of a CSV file, whole ones only; none if there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def summary(rows: list[dict]) -> dict:
+    """Return the cells that a run's `progress.csv` gives."""
+    cells = dict.fromkeys(["agent_steps", "minutes", *MARKS], "")
+    if rows:
+        cells["agent_steps"], cells["minutes"] = rows[-1]["agent_steps"], f"{float(rows[-1]['seconds']) / 60:.1f}"
+    for name, mark in MARKS.items():
+        scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
+        if scores and int(rows[-1]["agent_steps"]) >= mark:
+            cells[name] = f"{sum(scores) / len(scores):.1f}"
+    return cells
+
+
+def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event) -> dict | None:
+    """Train on one core until `steps`; return the trial's row, or None where `stop` came first."""
+    os.makedirs(log_dir, exist_ok=True)
+    progress = os.path.join(log_dir, "progress.csv")
+    flags = [*shlex.split(trial.flags), f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
+    with open(os.path.join(log_dir, "output.txt"), "a") as output:
+        process = subprocess.Popen(
+            ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags], stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            while process.poll() is None and not stop.wait(2):
+                rows = read_rows(progress)
+                if rows and int(rows[-1]["agent_steps"]) >= steps:
+                    break
+            finished = process.poll() is None and not stop.is_set()
+            process.terminate()
+            status = process.wait(120)
+        finally:
+            process.kill()
+    if stop.is_set():
+        return None
+    ended = "done" if finished or status == 0 else f"failed with exit status {status}"
+    return {**trial._asdict(), "cores": 1, **summary(read_rows(progress)), "ended": ended}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("list", help="file with a line `name: flags` for each configuration")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="configurations to run (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="to run each with (1)")
+    parser.add_argument("--steps", type=int, default=2_000_000, help="agent steps of each run (%(default)s)")
+    parser.add_argument("--out", default="docs/experiments.csv", help="table to add to (%(default)s)")
+    parser.add_argument("--log_dir", default="log/experiments", help="folder of the runs' folders (%(default)s)")
+    arguments = parser.parse_args()
+    try:
+        configurations = read_list(arguments.list)
+        names = arguments.only or list(configurations)
+        trials = [Trial(name, configurations[name], seed) for seed in arguments.seeds for name in names]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"experiments.py: error: {error}")
+    have = {
+        (r["name"], int(r["seed"])) for r in read_rows(arguments.out) if int(r["agent_steps"] or 0) >= arguments.steps
+    }
+    waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
+    for trial in trials:
+        if (trial.name, trial.seed) not in have:
+            waiting.put(trial)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+    def work(core: int) -> None:
+        while not stop.is_set():
+            try:
+                trial = waiting.get_nowait()
+            except queue.Empty:
+                return
+            print(f"core {core}: {trial.name}, seed {trial.seed}", flush=True)
+            log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
+            row = run(trial, log_dir, arguments.steps, core, stop)
+            if row:
+                with lock:
+                    write(arguments.out, row)
+                print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+
+    workers = [threading.Thread(target=work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def write(path: str, row: dict) -> None:
+    """Add a row, in place of the one that the same trial had with fewer steps."""
+    same = (row["name"], str(row["seed"]))
+    rows = [old for old in read_rows(path) if (old["name"], old["seed"]) != same]
+    with open(path + ".new", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    os.replace(path + ".new", path)
+
+
+if __name__ == "__main__":
+    main()

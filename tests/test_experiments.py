@@ -1,0 +1,55 @@
+"""The runner of experiments, as a user calls it."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from benchmarks.experiments import read_list, summary
+
+
+def search(folder, text, *flags):
+    """Run the list `text`; return the process and the rows of its table."""
+    (folder / "list.txt").write_text(text)
+    words = [folder / "list.txt", f"--out={folder}/table.csv", f"--log_dir={folder}/runs", *flags]
+    command = [sys.executable, "-m", "benchmarks.experiments", *map(str, words)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    with open(folder / "table.csv", newline="") as file:
+        return process, list(csv.DictReader(file))
+
+
+def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_too(tmp_path):
+    tiny = "--num_threads=1 --agents_per_thread=2 --summary_period=2"
+    text = f"tiny one: {tiny}  # a comment\n\nwrong: --gae_lambda=2\n"
+    process, rows = search(tmp_path, text, "--steps=200", "--seeds", 1, 2)
+    assert process.returncode == 0, process.stderr
+    found = {(row["name"], row["seed"]): row for row in rows}
+    assert found.keys() == {(name, seed) for name in ("tiny one", "wrong") for seed in "12"}
+    for (name, seed), row in found.items():
+        if name == "wrong":
+            assert row["ended"] == "failed with exit status 2"
+            assert row["agent_steps"] == ""
+        else:
+            assert row["flags"] == tiny
+            assert row["ended"] == "done"
+            assert int(row["agent_steps"]) >= 200
+            assert (tmp_path / "runs" / f"tiny-one-{seed}" / "last.ckpt.index").exists()
+    process, again = search(tmp_path, f"tiny one: {tiny}\n", "--steps=200", "--seeds", 1, 2)
+    assert process.stdout == ""
+    assert again == rows
+
+
+def test_marks_are_means_of_the_scores_up_to_them_and_empty_where_the_run_ended_before():
+    steps_and_scores = [(350_000, 1), (420_000, 2), (500_000, 4), (600_000, 9), (980_000, 5), (1_100_000, 7)]
+    cells = summary([{"agent_steps": str(n), "average_score": str(x), "seconds": "90"} for n, x in steps_and_scores])
+    assert (cells["0.5M"], cells["1M"], cells["2M"], cells["10M"]) == ("3.0", "5.0", "", "")
+    assert (cells["agent_steps"], cells["minutes"]) == ("1100000", "1.5")
+
+
+@pytest.mark.parametrize("text", ["no colon", "twice: --a\ntwice: --b"])
+def test_list_that_cannot_be_read_is_refused_with_its_line(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=text.split(":")[0]):
+        read_list(tmp_path / "list.txt")
