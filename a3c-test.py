@@ -128,8 +128,7 @@ def main() -> int:
     game_id = arguments.game or checkpoint.read_config(os.path.join(os.path.dirname(model), checkpoint.CONFIG))["game"]
     game, device = find_game(game_id), startup.choose_device(arguments.device)
     with tf.device(device):
-        network = ActorCritic(game.num_actions)
-        iteration = checkpoint.load_network(model, network)
+        network, iteration = checkpoint.load_network(model, game.num_actions)
         print(f"{game.id}, {model} after {iteration:,} updates, {arguments.policy}, on {device.strip('/')}", flush=True)
 
         os.makedirs(arguments.out, exist_ok=True)

@@ -25,7 +25,7 @@ import typing
 
 import checkpoint
 from async_agent import GroupFailure, Progress
-from environment import find_game
+from environment import Game, find_game
 from groups import Groups
 from network import SharedNetwork
 from report import Report
@@ -45,13 +45,21 @@ class Config:
     agents_per_thread: int = 64  # games in a group
     unroll_step: int = 5  # agent steps of each game per update
     max_iteration: int = 1_000_000  # updates in all; 1 is 64 games * 5 steps = 320 agent steps = 960 frames
+    frameskip: int | None = None  # emulator frames per agent step; none is the game's own
     discount_factor: float = 0.99  # of the reward one agent step later
+    gae_lambda: float = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
+    life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
     reward_clip: float | None = 1.0  # learn from rewards clipped to -1..1; none learns from raw scores
 
     learning_rate: float = 2.5e-4  # at the start; falls to a tenth in a straight line over half of max_iteration
     decay: float = 0.99  # of RMSProp's mean square, per update
+    rmsprop_epsilon: float = 1e-10  # added to the mean square, inside the root
     grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off
+    global_clip: float | None = None  # most L2 norm of all gradients together; none turns it off
     entropy_beta: float = 0.01  # weight of the policy's entropy in the loss
+    value_weight: float = 1.0  # weight of the value loss in the loss
+
+    filters: int = 32  # of the first convolution; the second has twice as many
 
     compute_dtype: str = "float32"  # of the threads' copies; bfloat16 is faster where the CPU has AMX or AVX512-BF16
 
@@ -71,20 +79,25 @@ class Config:
         self.log_dir = self.log_dir or os.path.join("log", self.game)
 
 
-MAY_BE_ZERO = ("random_seed", "entropy_beta", "decay")
-AT_MOST_ONE = ("discount_factor", "decay")
+MAY_BE_ZERO = ("random_seed", "entropy_beta", "value_weight", "decay", "gae_lambda")
+AT_MOST_ONE = ("discount_factor", "decay", "gae_lambda")
 LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
 
 
 def _checked(name: str, value, kind):
     """Return `value` as the type of its field; a text is taken as from the command line."""
-    wanted = {str: "a text", int: "a whole number", float: "a number"}.get(kind, "a number or none")
-    optional = kind not in (str, int, float)
+    kind, *optional = typing.get_args(kind) or (kind,)
+    wanted = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    wanted = "none, or " + wanted if optional else wanted
     try:
         if kind is str:
             if not isinstance(value, str):
                 raise ValueError
             return value
+        if kind is bool:
+            if str(value).lower() not in ("true", "false"):
+                raise ValueError
+            return str(value).lower() == "true"
         if optional and (value is None or str(value).lower() == "none"):
             return None
         if isinstance(value, str):
@@ -131,9 +144,9 @@ def train(config: Config) -> int:
       GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
-    game, device = find_game(config.game), startup.choose_device(config.device)
+    game, device = find_game(config.game, config.frameskip), startup.choose_device(config.device)
     with checkpoint.run_folder(config.log_dir), tf.device(device):
-        shared = SharedNetwork(game.num_actions, config.decay, config.random_seed)
+        shared = make_network(config, game)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress)
         print(f"{game.describe()}. Training on {device.strip('/')}, into {config.log_dir}", flush=True)
@@ -146,6 +159,11 @@ def train(config: Config) -> int:
             return 0
         with Report(config, progress) as report:
             return Groups(config, shared, progress, saver, report).run(game, device)
+
+
+def make_network(config: Config, game: Game) -> SharedNetwork:
+    """Return the network to train, with its initial weights."""
+    return SharedNetwork(game.num_actions, config.decay, config.random_seed, config.rmsprop_epsilon, config.filters)
 
 
 def _note_config(config: Config, resuming: bool) -> None:

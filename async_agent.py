@@ -97,10 +97,11 @@ class GroupAgent:
     ):
         self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
         self.on_update = on_update
-        self.network = ActorCritic(shared.num_actions, compute_dtype=config.compute_dtype)  # this thread's copy
+        self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters)  # this thread's copy
         self.network.copy_from(shared)
         self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
         self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play
+        self.lives = np.zeros(envs.num_envs)  # [B], left in the games in play; kept where a lost life ends the return
         self.seed = config.random_seed + progress.iteration  # a resumed run plays on, it does not play again
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
@@ -152,12 +153,14 @@ class GroupAgent:
             # Returns and loss.
             with tape.stop_recording():
                 bootstrap = network.predict_value(self.history)
-                returns = n_step_returns(np.stack(rewards), np.stack(dones), bootstrap, config.discount_factor)
-            loss, terms = a3c_loss(logits, values, actions, returns, config.entropy_beta)
+                returns = n_step_returns(
+                    np.stack(rewards), np.stack(dones), values, bootstrap, config.discount_factor, config.gae_lambda
+                )
+            loss, terms = a3c_loss(logits, values, actions, returns, config.entropy_beta, config.value_weight)
 
         # Gradients, clipped.
         gradients = tape.gradient(loss, network.trainable_variables)
-        gradients, gradient_norm = clip_gradients(gradients, config.grad_clip)
+        gradients, gradient_norm = clip_gradients(gradients, config.grad_clip, config.global_clip)
         losses = Losses(*(float(x) for x in (*terms, gradient_norm)))
         if not np.all(np.isfinite(losses)):
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
@@ -176,14 +179,14 @@ class GroupAgent:
         """Take one step in each game; keep the new history and the scores.
 
         Returns:
-          The rewards to learn from, [B] float32, and whether a game ended, [B] bool.
+          The rewards to learn from, [B] float32, and whether returns end here, [B] bool: with a game, or with a life.
 
         Raises:
           FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
         """
         if not np.all((action >= 0) & (action < self.shared.num_actions)):  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
-        frame, reward, terminated, truncated, _ = self.envs.step(action)
+        frame, reward, terminated, truncated, info = self.envs.step(action)
         done = terminated | truncated
         self.history = push_frame(self.history, frame[:, -1], done)
         self.steps += 1
@@ -195,6 +198,10 @@ class GroupAgent:
                 self.progress.scores[self.index, done] = self.episode_score[done]
                 self.progress.episodes += int(done.sum())
             self.episode_score[done] = 0.0
+        return_ends = done
+        if self.config.life_loss_ends_return:  # the game, its frames and its score go on
+            return_ends = done | (info["lives"] < self.lives)
+            self.lives = info["lives"].copy()
 
         clip = self.config.reward_clip
-        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32), done
+        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32), return_ends

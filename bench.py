@@ -27,7 +27,6 @@ import numpy as np
 import a3c
 from async_agent import GroupAgent, Progress
 from environment import FRAME_SIZE, Game, available_cores, find_game, make_training_envs
-from network import SharedNetwork
 from report import Report
 from startup import tf
 
@@ -59,7 +58,7 @@ class Bench:
     def __init__(self, config: a3c.Config, game: Game, device: str, log_dir: str):
         self.config, self.device = dataclasses.replace(config, log_dir=log_dir), device
         self.progress = Progress(config.num_threads, config.agents_per_thread)
-        shared = SharedNetwork(game.num_actions, config.decay, config.random_seed)
+        shared = a3c.make_network(config, game)
         self.times = []  # of updates
 
         def agents(all_envs):
@@ -243,7 +242,7 @@ def main() -> None:
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
     config = a3c.config_from(parser, arguments)
-    game, device = find_game(config.game), startup.choose_device(config.device)
+    game, device = find_game(config.game, config.frameskip), startup.choose_device(config.device)
 
     with tf.device(device):
         if arguments.sweep:

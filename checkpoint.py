@@ -214,17 +214,19 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
             )
 
 
-def load_network(path: str, network: ActorCritic) -> int:
-    """Set the weights of `network` to those of a checkpoint; return after how many updates it was saved.
+def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
+    """Return the network of a checkpoint, with as many filters as it has, and after how many updates it was saved.
 
     Raises:
-      CheckpointError: it is missing, damaged or of another network; `network` is unchanged.
+      CheckpointError: it is missing, damaged, of another network or of a game with another number of actions.
     """
     tensors = read(path)
+    filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
+    network = ActorCritic(num_actions, filters=filters[0])
     check_fits(tensors, network, path)
     for kind, layer, variable in _parameters(network):
         variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
-    return saved_iteration(tensors, path)
+    return network, saved_iteration(tensors, path)
 
 
 def _parameters(network: ActorCritic) -> Iterator[tuple[str, str, tf.Variable]]:

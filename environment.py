@@ -49,8 +49,10 @@ class Game(NamedTuple):
         return f"{self.id}: {self.num_actions} actions, {skip}, sticky actions {self.repeat_action_probability:g}"
 
 
-def find_game(game_id: str) -> Game:
+def find_game(game_id: str, frameskip: int | None = None) -> Game:
     """Look up an Atari game such as `Breakout-v0`, `SpaceInvaders-v4` or `ALE/MsPacman-v5`.
+
+    `frameskip` is used in training in place of the game's own.
 
     Raises:
       ValueError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games.
@@ -61,7 +63,7 @@ def find_game(game_id: str) -> Game:
         kind = "is not an Atari game" if game_id in gymnasium.registry else "is not known"
         raise ValueError(f"game = {game_id!r} {kind}. Did you mean {', '.join(nearest)}?")
     settings = gymnasium.spec(game_id).kwargs
-    frameskip, frameskip_range = settings["frameskip"], None
+    frameskip, frameskip_range = frameskip or settings["frameskip"], None
     if not isinstance(frameskip, int):
         frameskip_range = (frameskip[0], frameskip[1] - 1)
         frameskip = round(sum(frameskip_range) / 2)

@@ -3,7 +3,7 @@
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4 and supplement 3;
 `network.py` of hiwonjoon/tf-a3c-gpu for the layers, the initial weights and the average-norm clip.
 
-Shapes: T steps of an unroll, B games of a group, A actions.
+Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
-RMSPROP_EPSILON = 1e-10  # inside the square root
 
 
 class ActorCritic(tf.Module):
     """Two convolutions and a hidden layer under a policy head and a value head.
 
-    Weights are kept, and layers computed, in `compute_dtype`; logits and values are float32 in any case.
+    The first convolution has `filters` filters, the second twice as many. Weights are kept, and layers computed, in
+    `compute_dtype`; logits and values are float32 in any case.
     """
 
-    def __init__(self, num_actions: int, seed: int = 0, compute_dtype: str = "float32"):
+    def __init__(self, num_actions: int, seed: int = 0, compute_dtype: str = "float32", filters: int = 32):
         super().__init__()
         self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
-        flat = (FRAME_SIZE // 8 + 1) ** 2 * 64  # SAME padding rounds up: 84 -> 21 -> 11
+        flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
-            "conv1": [8, 8, 4, 32],
-            "conv2": [4, 4, 32, 64],
+            "conv1": [8, 8, 4, filters],
+            "conv2": [4, 4, filters, 2 * filters],
             "hidden": [flat, 256],
             "policy": [256, num_actions],
             "value": [256, 1],
@@ -45,8 +45,8 @@ class ActorCritic(tf.Module):
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels enter as 0..255."""
         x = tf.cast(history_to_frames(history), self.compute_dtype)
-        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, 32]
-        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 64]
+        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, F]
+        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
         x = tf.nn.relu(x @ self.weights["hidden"] + self.biases["hidden"])  # [B, 256]
         logits = x @ self.weights["policy"] + self.biases["policy"]
@@ -90,13 +90,18 @@ class Losses(NamedTuple):
 
 
 @tf.function(autograph=False)
-def n_step_returns(rewards: tf.Tensor, dones: tf.Tensor, bootstrap: tf.Tensor, discount: float) -> tf.Tensor:
-    """Return R_t = r_t + discount * R_{t+1}, with R_T = bootstrap and no look across the end of a game.
+def n_step_returns(rewards, dones, values, bootstrap, discount: float, gae_lambda: float = 1.0) -> tf.Tensor:
+    """Return R_t = r_t + discount * R_{t+1}, with R_T = bootstrap and no look across the end of a return.
 
-    rewards [T, B] float32, dones [T, B] bool, bootstrap [B] float32 -> [T, B] float32. Paper, algorithm S3.
+    Paper, algorithm S3. A `gae_lambda` below 1 trusts the values more: R_{t+1} is mixed with V_{t+1}, lambda to
+    1 - lambda, which makes R_t - V_t the generalised advantage estimate (Schulman et al. 2015).
+
+    rewards [T, B] float32, dones [T, B] bool, values T tensors [B], bootstrap [B] float32 -> [T, B] float32.
     """
     returns, following = [], bootstrap
-    for reward, done in zip(reversed(tf.unstack(rewards)), reversed(tf.unstack(dones)), strict=True):
+    values = [*values[1:], bootstrap]  # of the states that follow
+    for reward, done, value in zip(*map(reversed, (tf.unstack(rewards), tf.unstack(dones), values)), strict=True):
+        following = gae_lambda * following + (1 - gae_lambda) * value if gae_lambda < 1 else following
         following = reward + discount * tf.where(done, 0.0, following)
         returns.append(following)
     return tf.stack(returns[::-1])
@@ -119,7 +124,7 @@ def mean_entropy(logits: tf.Tensor) -> tf.Tensor:
 
 
 @tf.function(autograph=False)
-def a3c_loss(logits, values, actions, returns, entropy_beta: float):
+def a3c_loss(logits, values, actions, returns, entropy_beta: float, value_weight: float = 1.0):
     """Return the loss of a rollout and its three terms, all scalars.
 
     logits: T tensors [B, A]; values: T tensors [B]; actions: T tensors [B] int32; returns: [T, B] float32.
@@ -127,7 +132,7 @@ def a3c_loss(logits, values, actions, returns, entropy_beta: float):
     logits, actions = tf.stack(logits), tf.stack(actions)
     advantages = returns - tf.stack(values)
     policy, value, entropy = policy_loss(logits, actions, advantages), value_loss(advantages), mean_entropy(logits)
-    return policy + value - entropy_beta * entropy, (policy, value, entropy)
+    return policy + value_weight * value - entropy_beta * entropy, (policy, value, entropy)
 
 
 def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
@@ -137,11 +142,19 @@ def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
 
 
 @tf.function(autograph=False)
-def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None):
-    """Return each gradient in float32, clipped by its own average norm unless clip is None, and their global norm."""
+def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None, global_clip: float | None = None):
+    """Return the gradients in float32, clipped, and their global norm before that.
+
+    Each is clipped by its own average norm to `clip`, and all together by their global norm to `global_clip`; None
+    turns a clip off.
+    """
     gradients = [tf.cast(gradient, tf.float32) for gradient in gradients]
     norm = tf.linalg.global_norm(gradients)
-    return gradients if clip is None else [clip_by_average_norm(g, clip) for g in gradients], norm
+    if clip is not None:
+        gradients = [clip_by_average_norm(gradient, clip) for gradient in gradients]
+    if global_clip is not None:
+        gradients, _ = tf.clip_by_global_norm(gradients, global_clip)
+    return gradients, norm
 
 
 class SharedNetwork(ActorCritic):
@@ -151,9 +164,9 @@ class SharedNetwork(ActorCritic):
     the square root. Keras' starts at zero and its first step is about ten times larger.
     """
 
-    def __init__(self, num_actions: int, decay: float, seed: int = 0):
-        super().__init__(num_actions, seed)
-        self.decay = decay
+    def __init__(self, num_actions: int, decay: float, seed: int = 0, epsilon: float = 1e-10, filters: int = 32):
+        super().__init__(num_actions, seed, filters=filters)
+        self.decay, self.epsilon = decay, epsilon
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
         self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
@@ -171,7 +184,7 @@ class SharedNetwork(ActorCritic):
                 lr=learning_rate,
                 rho=self.decay,
                 momentum=0.0,
-                epsilon=RMSPROP_EPSILON,
+                epsilon=self.epsilon,
                 grad=gradient,
                 use_locking=True,
             )

@@ -48,12 +48,14 @@ class ScriptedEnv(gymnasium.vector.VectorEnv):
     Args:
       rewards: [S, B] raw rewards of the steps; after the last step the script starts again.
       ends, cuts: [S, B] bool, whether a game is over (terminated) or is cut off (truncated) with the step.
+      lives: [S, B] left after the step.
     """
 
-    def __init__(self, rewards, ends=None, cuts=None):
+    def __init__(self, rewards, ends=None, cuts=None, lives=None):
         self.rewards = np.asarray(rewards, np.float64)
         shape = steps, self.num_envs = self.rewards.shape
         self.ends, self.cuts = (np.zeros(shape, bool) if x is None else np.asarray(x, bool) for x in (ends, cuts))
+        self.lives = np.zeros(shape, np.int32) if lives is None else np.asarray(lives, np.int32)
         # What `reset` and then the steps show. Noise, nowhere black.
         self.frames = np.random.default_rng(0).integers(1, 256, [steps + 1, self.num_envs, 84, 84], np.uint8)
         self.actions = []  # of the steps so far, each [B]
@@ -66,7 +68,13 @@ class ScriptedEnv(gymnasium.vector.VectorEnv):
     def step(self, actions):
         now = len(self.actions) % len(self.rewards)
         self.actions.append(np.array(actions))
-        return self.frames[now + 1][:, None], self.rewards[now], self.ends[now], self.cuts[now], {}
+        return (
+            self.frames[now + 1][:, None],
+            self.rewards[now],
+            self.ends[now],
+            self.cuts[now],
+            {"lives": self.lives[now]},
+        )
 
 
 @pytest.fixture

@@ -87,6 +87,34 @@ def test_rewards_to_learn_from_are_clipped_as_asked(make_config, clip, learned):
     np.testing.assert_array_equal(agent.progress.scores, [raw])
 
 
+@pytest.mark.parametrize("ends_return", [True, False])
+def test_lost_life_ends_the_return_where_asked_but_never_the_game(make_config, ends_return):
+    lives = [[3, 3], [2, 3], [2, 2], [3, 1], [3, 1]]  # the first game ends with its step 4 and has new lives
+    ends = [[0, 0], [0, 0], [0, 0], [1, 0], [0, 0]]
+    env = ScriptedEnv(np.ones([5, 2]), ends, lives=lives)
+    agent = make_agent(env, make_config(life_loss_ends_return=ends_return))
+    found = np.array([agent.step(NOOP)[1] for _ in range(5)])
+    lost = [[0, 0], [1, 0], [0, 1], [1, 1], [0, 0]]
+    np.testing.assert_array_equal(found, np.array(lost if ends_return else ends, bool))
+    np.testing.assert_array_equal(agent.progress.recent_scores(), [4])
+    frames = history_to_frames(agent.history).numpy()
+    np.testing.assert_array_equal(
+        frames[1], np.stack(env.frames[2:6, 1], axis=-1)
+    )  # the second game's history is whole
+
+
+def test_lives_of_the_real_breakout_are_counted(make_config):
+    agent = make_agent(make_training_envs(find_game("Breakout-v0"), 2, 1), make_config(life_loss_ends_return=True))
+    ended = np.zeros(2, int)
+    for step in range(2000):
+        _, ends = agent.step(np.full(2, 1 if step % 2 else 3, np.int32))
+        ended += ends
+        if agent.progress.episodes:
+            break
+    assert agent.progress.episodes >= 1
+    assert ended.max() == 5  # one for each life of a game that ended
+
+
 # The rollout.
 
 

@@ -12,7 +12,7 @@ import pytest
 import checkpoint
 from async_agent import Progress
 from checkpoint import CheckpointError, Saver
-from network import ActorCritic, SharedNetwork
+from network import SharedNetwork
 from startup import tf
 
 DATA, INDEX = ".data-00000-of-00001", ".index"
@@ -21,8 +21,8 @@ DATA, INDEX = ".data-00000-of-00001", ".index"
 class Run:
     """A network, its progress and the saver of both; no two runs of different seeds have equal weights."""
 
-    def __init__(self, folder, seed=1, num_actions=4, keep=3):
-        self.shared = SharedNetwork(num_actions, decay=0.99, seed=seed)
+    def __init__(self, folder, seed=1, num_actions=4, keep=3, filters=32):
+        self.shared = SharedNetwork(num_actions, decay=0.99, seed=seed, filters=filters)
         self.progress = Progress(2, 3)
         self.saver = Saver(str(folder), self.shared, self.progress, keep)
         self.warnings = []
@@ -133,8 +133,8 @@ def test_last_checkpoint_is_a_copy_of_the_newest(saved, tmp_path):
     other = Run(tmp_path, seed=2)
     other.resume()
     assert equal(other.state(), run.state())
-    network = ActorCritic(4, seed=2)
-    assert checkpoint.load_network(str(tmp_path / "last.ckpt"), network) == 31
+    network, iteration = checkpoint.load_network(str(tmp_path / "last.ckpt"), 4)
+    assert iteration == 31
     assert equal([v.numpy() for v in network.trainable_variables], run.state()[:10])
 
 
@@ -227,11 +227,8 @@ def test_half_written_files_of_a_killed_save_do_not_keep_it_from_saving_again(sa
 
 @pytest.mark.row(n=10)
 def test_checkpoint_of_another_number_of_actions_is_refused_with_both_numbers(saved, tmp_path):
-    network = ActorCritic(6, seed=2)
-    before = [v.numpy() for v in network.trainable_variables]
     with pytest.raises(CheckpointError, match="4 actions; this one has 6"):
-        checkpoint.load_network(str(tmp_path / "model.ckpt-30"), network)
-    assert equal([v.numpy() for v in network.trainable_variables], before)
+        checkpoint.load_network(str(tmp_path / "model.ckpt-30"), 6)
 
     other = Run(tmp_path, seed=2, num_actions=6)
     before = other.state()
@@ -242,22 +239,27 @@ def test_checkpoint_of_another_number_of_actions_is_refused_with_both_numbers(sa
 
 @pytest.mark.row(n=20)
 def test_checkpoint_of_another_layer_size_is_refused_and_named(saved, tmp_path):
-    network = ActorCritic(4, seed=2)
-    network.weights["hidden"] = tf.Variable(tf.zeros([11 * 11 * 64, 128]))
-    conv1 = network.weights["conv1"].numpy()
+    other = Run(tmp_path, seed=2)
+    other.shared.weights["hidden"] = tf.Variable(tf.zeros([11 * 11 * 64, 128]))
+    conv1 = other.shared.weights["conv1"].numpy()
     with pytest.raises(CheckpointError, match="hidden weights"):
-        checkpoint.load_network(str(tmp_path / "model.ckpt-30"), network)
-    np.testing.assert_array_equal(network.weights["conv1"], conv1)
+        other.resume()
+    np.testing.assert_array_equal(other.shared.weights["conv1"], conv1)
+
+
+@pytest.mark.parametrize("filters", [8, 32, 40])
+def test_network_is_loaded_with_as_many_filters_as_it_was_saved_with(tmp_path, filters):
+    run = Run(tmp_path, filters=filters)
+    path = run.saver.save()
+    network, _ = checkpoint.load_network(path, 4)
+    assert equal([v.numpy() for v in network.trainable_variables], run.state()[:10])
 
 
 @pytest.mark.row(n=11)
 def test_unrelated_checkpoint_is_refused(tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "model.ckpt-50"))
-    network = ActorCritic(4, seed=2)
-    before = [v.numpy() for v in network.trainable_variables]
     with pytest.raises(CheckpointError, match="not a checkpoint of this network"):
-        checkpoint.load_network(path, network)
-    assert equal([v.numpy() for v in network.trainable_variables], before)
+        checkpoint.load_network(path, 4)
     with pytest.raises(CheckpointError):
         Run(tmp_path).resume()
 

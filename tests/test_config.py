@@ -12,17 +12,20 @@ from a3c import Config
 
 FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Config)}
 TEXTS = [name for name, kind in FIELDS.items() if kind == "str"]
-COUNTS = [name for name, kind in FIELDS.items() if kind == "int"]
-NUMBERS = [name for name in FIELDS if name not in TEXTS]
+SWITCHES = [name for name, kind in FIELDS.items() if kind == "bool"]
+COUNTS = [name for name, kind in FIELDS.items() if kind.startswith("int")]
+NUMBERS = [name for name in FIELDS if name not in TEXTS + SWITCHES]
 OPTIONAL = [name for name, kind in FIELDS.items() if "None" in kind]
-MAY_BE_ZERO = ["random_seed", "entropy_beta", "decay"]
+MAY_BE_ZERO = ["random_seed", "entropy_beta", "value_weight", "decay", "gae_lambda"]
+FACTORS = ["discount_factor", "decay", "gae_lambda"]
 
 WRONG = (
     [(name, value) for name in NUMBERS for value in (-1, math.nan, math.inf, "many", "", "nan", True, [3])]
     + [(name, 0) for name in NUMBERS if name not in MAY_BE_ZERO]
     + [(name, value) for name in COUNTS for value in (2.5, "2.5", 4.0, 2**31, 10**400)]
     + [(name, None) for name in NUMBERS if name not in OPTIONAL]
-    + [(name, value) for name in ("discount_factor", "decay") for value in (1.01, "2")]
+    + [(name, value) for name in FACTORS for value in (1.01, "2")]
+    + [(name, value) for name in SWITCHES for value in (1, 0, None, "yes", "", "1", 0.0, "none")]
     + [(name, value) for name in TEXTS for value in (3, None)]
     + [("log_dir", f"log{character}") for character in "*?[]"]
     + [("compute_dtype", kind) for kind in ("float16", "int8", "")]
@@ -46,13 +49,20 @@ def test_defaults_are_the_originals():
         "num_threads": 4,
         "agents_per_thread": 64,
         "unroll_step": 5,
+        "frameskip": None,
         "max_iteration": 1_000_000,
         "discount_factor": 0.99,
+        "gae_lambda": 1.0,
+        "life_loss_ends_return": False,
         "reward_clip": 1.0,
         "learning_rate": 2.5e-4,
         "decay": 0.99,
+        "rmsprop_epsilon": 1e-10,
         "grad_clip": 0.1,
+        "global_clip": None,
         "entropy_beta": 0.01,
+        "value_weight": 1.0,
+        "filters": 32,
         "compute_dtype": "float32",
         "save_period": 20_000,
         "summary_period": 100,
@@ -73,14 +83,14 @@ def test_zero_is_taken_where_it_has_a_meaning(name):
     assert getattr(Config(**{name: 0}), name) == 0
 
 
-@pytest.mark.parametrize("name", ["discount_factor", "decay"])
+@pytest.mark.parametrize("name", FACTORS)
 def test_one_is_the_most_for_a_factor(name):
     assert getattr(Config(**{name: 1}), name) == 1
 
 
-@pytest.mark.parametrize("name", ["reward_clip", "grad_clip"])
-def test_clips_can_be_turned_off_and_nothing_else(name):
-    assert OPTIONAL == ["reward_clip", "grad_clip"]
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_clips_and_the_frameskip_can_be_none_and_nothing_else(name):
+    assert OPTIONAL == ["frameskip", "reward_clip", "grad_clip", "global_clip"]
     assert getattr(Config(**{name: None}), name) is None
     assert getattr(parse(f"--{name}", "none"), name) is None
     assert getattr(parse(f"--{name}=None"), name) is None
@@ -89,6 +99,13 @@ def test_clips_can_be_turned_off_and_nothing_else(name):
 def test_texts_are_read_as_from_the_command_line():
     config = Config(num_threads="2", learning_rate="1e-3", grad_clip="0.5")
     assert (config.num_threads, config.learning_rate, config.grad_clip) == (2, 1e-3, 0.5)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value, meant", [(True, True), (False, False), ("true", True), ("False", False)])
+def test_switches_are_true_or_false(name, value, meant):
+    assert getattr(Config(**{name: value}), name) is meant
+    assert getattr(parse(f"--{name}={value}"), name) is meant
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -112,6 +129,7 @@ def test_command_line_without_flags_gives_the_defaults():
 
 def test_every_field_is_a_flag():
     values = {name: "0.5" if name not in COUNTS else "7" for name in NUMBERS}
+    values |= dict.fromkeys(SWITCHES, "true")
     values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu", "compute_dtype": "bfloat16"}
     assert values.keys() == FIELDS.keys()
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
@@ -134,7 +152,7 @@ def test_unknown_shortened_and_empty_flags_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*flags)
     assert stopped.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+    assert flags[0].partition("=")[0] in capsys.readouterr().err
 
 
 def test_every_flag_has_a_help_text_with_its_default(capsys):

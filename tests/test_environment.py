@@ -44,6 +44,7 @@ def test_game_has_the_settings_of_its_registration(game_id, rom, frameskip, fram
 
 def test_description_of_a_game_says_that_its_random_frameskip_is_a_mean():
     assert "frame-skip 3 (the mean of this id's random 2..4)" in find_game("Breakout-v0").describe()
+    assert "frame-skip 4, sticky actions 0.25" in find_game("Breakout-v0", frameskip=4).describe()
     assert find_game("ALE/MsPacman-v5").describe() == "ALE/MsPacman-v5: 9 actions, frame-skip 4, sticky actions 0.25"
 
 

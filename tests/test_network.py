@@ -48,14 +48,35 @@ def test_returns_equal_the_discounted_sum_up_to_the_end_of_the_game(rollout):
                     break
             else:
                 expected[t, b] += weight * rollout["bootstrap"][b]
-    found = net.n_step_returns(rollout["rewards"], rollout["dones"], rollout["bootstrap"], discount)
+    values = list(rollout["values"])
+    found = net.n_step_returns(rollout["rewards"], rollout["dones"], values, rollout["bootstrap"], discount)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_returns_ignore_a_bootstrap_behind_the_end_of_a_game():
-    found = net.n_step_returns(
-        np.ones([2, 1], np.float32), np.array([[False], [True]]), np.float32([np.inf]), np.float32(0.5)
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.6, 0.95, 1.0])
+def test_advantages_equal_generalised_advantage_estimation(rollout, gae_lambda):
+    """The sum over k of (discount * lambda) ** k * delta_{t+k}, Schulman et al. 2015, equation 16."""
+    discount, values = 0.9, np.concatenate([rollout["values"], rollout["bootstrap"][None]])
+    expected = np.zeros([T, B])
+    for b in range(B):
+        for t in range(T):
+            weight = 1.0
+            for k in range(t, T):
+                following = 0 if rollout["dones"][k, b] else values[k + 1, b]
+                expected[t, b] += weight * (rollout["rewards"][k, b] + discount * following - values[k, b])
+                weight *= discount * gae_lambda
+                if rollout["dones"][k, b]:
+                    break
+    returns = net.n_step_returns(
+        rollout["rewards"], rollout["dones"], list(rollout["values"]), rollout["bootstrap"], discount, gae_lambda
     )
+    np.testing.assert_allclose(returns - rollout["values"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
+def test_returns_ignore_a_bootstrap_behind_the_end_of_a_game(gae_lambda):
+    dones, values = np.array([[False], [True]]), [np.float32([9]), np.float32([1])]
+    found = net.n_step_returns(np.ones([2, 1], np.float32), dones, values, np.float32([np.inf]), 0.5, gae_lambda)
     np.testing.assert_array_equal(found, [[1.5], [1.0]])
 
 
@@ -74,11 +95,11 @@ def test_loss_terms_equal_the_formulas_written_as_loops(rollout):
             entropy.append(-np.sum(np.exp(log_prob) * log_prob))
     expected = np.mean(policy), np.mean(value), np.mean(entropy)
 
-    loss, terms = net.a3c_loss(
-        list(rollout["logits"]), list(rollout["values"]), list(rollout["actions"]), returns, 0.01
-    )
-    np.testing.assert_allclose([float(x) for x in terms], expected, rtol=1e-5)
-    np.testing.assert_allclose(loss, expected[0] + expected[1] - 0.01 * expected[2], rtol=1e-5)
+    rolled = list(rollout["logits"]), list(rollout["values"]), list(rollout["actions"]), returns
+    for weight, arguments in ((1.0, [0.01]), (0.25, [0.01, 0.25])):
+        loss, terms = net.a3c_loss(*rolled, *arguments)
+        np.testing.assert_allclose([float(x) for x in terms], expected, rtol=1e-5)
+        np.testing.assert_allclose(loss, expected[0] + weight * expected[1] - 0.01 * expected[2], rtol=1e-5)
 
 
 def test_gradient_of_the_loss_equals_the_one_derived_by_hand(rollout):
@@ -152,6 +173,15 @@ def test_clip_none_leaves_gradients_as_they_are():
     np.testing.assert_allclose(norm, np.sqrt(2e6 + 49), rtol=1e-6)
 
 
+@pytest.mark.parametrize("clip, scale", [(2.5, 0.5), (5.0, 1.0), (8.0, 1.0)])
+def test_global_clip_bounds_the_norm_of_all_gradients_together(clip, scale):
+    gradients = [tf.constant([3.0, 0.0]), tf.constant([[4.0]])]
+    found, norm = net.clip_gradients(gradients, None, clip)
+    assert float(norm) == 5
+    np.testing.assert_allclose(found[0], [3 * scale, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], [[4 * scale]], rtol=1e-6)
+
+
 # The update.
 
 
@@ -159,14 +189,13 @@ def random_gradients(variables, rng):
     return [tf.constant(rng.normal(0, 10.0 ** rng.integers(-4, 1), v.shape).astype(np.float32)) for v in variables]
 
 
-def test_update_equals_tensorflow_1s_rmsprop():
-    shared = net.SharedNetwork(A, decay=0.99, seed=1)
+@pytest.mark.parametrize("epsilon", [1e-10, 1e-3])
+def test_update_equals_tensorflow_1s_rmsprop(epsilon):
+    shared = net.SharedNetwork(A, decay=0.99, seed=1, epsilon=epsilon)
     others = [tf.Variable(v) for v in shared.trainable_variables]
     rates = np.float32([2.5e-4, 2e-4, 1e-3, 1e-4])
     step = 0
-    optimizer = tf.compat.v1.train.RMSPropOptimizer(
-        lambda: rates[step], decay=0.99, epsilon=net.RMSPROP_EPSILON, use_locking=True
-    )
+    optimizer = tf.compat.v1.train.RMSPropOptimizer(lambda: rates[step], decay=0.99, epsilon=epsilon, use_locking=True)
     rng = np.random.default_rng(5)
     for step in range(len(rates)):  # the optimizer reads it
         gradients = random_gradients(others, rng)
@@ -225,6 +254,18 @@ def test_network_has_the_originals_shapes():
     }
     assert [tuple(v.shape) for v in network.biases.values()] == [(32,), (64,), (256,), (6,), (1,)]
     assert len(network.trainable_variables) == 10
+    logits, value = network(random_history(num_games=3))
+    assert logits.shape == [3, 6]
+    assert value.shape == [3]
+
+
+def test_filters_set_the_width_of_both_convolutions():
+    network = net.ActorCritic(6, filters=16)
+    assert [tuple(network.weights[name].shape) for name in ("conv1", "conv2", "hidden")] == [
+        (8, 8, 4, 16),
+        (4, 4, 16, 32),
+        (11 * 11 * 32, 256),
+    ]
     logits, value = network(random_history(num_games=3))
     assert logits.shape == [3, 6]
     assert value.shape == [3]
