@@ -46,6 +46,7 @@ class Config:
     unroll_step: int = 5  # agent steps of each game per update
     max_iteration: int = 1_000_000  # updates in all; 1 is 64 games * 5 steps = 320 agent steps = 960 frames
     frameskip: int | None = None  # emulator frames per agent step; none is the game's own
+    random_frameskip: bool = False  # draw it anew for every step where the game's id does; else it is the mean
     discount_factor: float = 0.99  # of the reward one agent step later
     gae_lambda: float = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
     life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
@@ -144,7 +145,10 @@ def train(config: Config) -> int:
       GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
-    game, device = find_game(config.game, config.frameskip), startup.choose_device(config.device)
+    game, device = (
+        find_game(config.game, config.frameskip, config.random_frameskip),
+        startup.choose_device(config.device),
+    )
     with checkpoint.run_folder(config.log_dir), tf.device(device):
         shared = make_network(config, game)
         progress = Progress(config.num_threads, config.agents_per_thread)

@@ -242,7 +242,10 @@ def main() -> None:
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
     config = a3c.config_from(parser, arguments)
-    game, device = find_game(config.game, config.frameskip), startup.choose_device(config.device)
+    game, device = (
+        find_game(config.game, config.frameskip, config.random_frameskip),
+        startup.choose_device(config.device),
+    )
 
     with tf.device(device):
         if arguments.sweep:

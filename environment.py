@@ -34,8 +34,9 @@ class Game(NamedTuple):
 
     id: str  # "Breakout-v0"
     rom: str  # "breakout"
-    frameskip: int  # emulator frames per agent step in training
+    frameskip: int  # emulator frames per agent step in training, or their mean
     frameskip_range: tuple[int, int] | None  # (low, high), both included, where the id draws it at random
+    random_frameskip: bool  # whether training draws it too
     repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
     max_frames: int  # emulator frames after which a game is cut off
     num_actions: int
@@ -45,14 +46,16 @@ class Game(NamedTuple):
         skip = f"frame-skip {self.frameskip}"
         if self.frameskip_range:
             low, high = self.frameskip_range
-            skip += f" (the mean of this id's random {low}..{high})"
+            how = "on average, drawn from" if self.random_frameskip else "the mean of this id's random"
+            skip += f" ({how} {low}..{high})"
         return f"{self.id}: {self.num_actions} actions, {skip}, sticky actions {self.repeat_action_probability:g}"
 
 
-def find_game(game_id: str, frameskip: int | None = None) -> Game:
+def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool = False) -> Game:
     """Look up an Atari game such as `Breakout-v0`, `SpaceInvaders-v4` or `ALE/MsPacman-v5`.
 
-    `frameskip` is used in training in place of the game's own.
+    Training uses `frameskip` in place of the game's own; without it, `random_frameskip` makes training draw it anew
+    for every step where the id does so.
 
     Raises:
       ValueError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games.
@@ -75,6 +78,7 @@ def find_game(game_id: str, frameskip: int | None = None) -> Game:
         rom=settings["game"],
         frameskip=frameskip,
         frameskip_range=frameskip_range,
+        random_frameskip=random_frameskip and frameskip_range is not None,
         repeat_action_probability=settings["repeat_action_probability"],
         max_frames=settings["max_num_frames_per_episode"],
         num_actions=num_actions,
@@ -92,13 +96,13 @@ def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.
     A game that ends restarts in the same step, so every row of every step is play. Rewards are raw scores. Takes
     about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
     """
-    return AtariVectorEnv(
+    envs = AtariVectorEnv(
         game.rom,
         num_envs,
         num_threads=max(1, available_cores() // num_groups),  # 0 would take every core, for each group
         max_num_frames_per_episode=game.max_frames,
         repeat_action_probability=game.repeat_action_probability,
-        frameskip=game.frameskip,
+        frameskip=1 if game.random_frameskip else game.frameskip,
         img_height=FRAME_SIZE,
         img_width=FRAME_SIZE,
         grayscale=True,
@@ -109,6 +113,37 @@ def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.
         reward_clipping=False,  # its default hides the score
         autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
     )
+    return RandomFrameSkip(envs, *game.frameskip_range) if game.random_frameskip else envs
+
+
+class RandomFrameSkip(gymnasium.vector.VectorWrapper):
+    """Repeat the actions of each step for `low` to `high` emulator frames, both included.
+
+    The number is drawn anew for every step, once for all games: each game sees what its id's random frame-skip would
+    show it. A game that ends within a step restarts there, and plays the rest of the step with the same action.
+
+    Args:
+      envs: games with a frame-skip of one and same-step autoreset.
+      low, high: the least and the most frames of a step.
+    """
+
+    def __init__(self, envs: gymnasium.vector.VectorEnv, low: int, high: int):
+        super().__init__(envs)
+        self.low, self.high, self.rng = low, high, np.random.default_rng()
+
+    def reset(self, *, seed=None, options=None):
+        """Start all games; the seed also sets which frame-skips will be drawn."""
+        self.rng = np.random.default_rng(seed)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions):
+        """Return the last frame, the sum of the rewards up to the end of a game, and whether one has ended."""
+        rewards, ended, cut = 0.0, False, False
+        for _ in range(self.rng.integers(self.low, self.high + 1)):
+            frame, reward, terminated, truncated, info = self.env.step(actions)
+            rewards = rewards + np.where(ended | cut, 0.0, reward)
+            ended, cut = ended | terminated, cut | truncated
+        return frame, rewards, ended, cut, info
 
 
 def make_watching_env(game_id: str, render_mode: str | None = None) -> gymnasium.Env:

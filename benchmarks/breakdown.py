@@ -69,7 +69,7 @@ def main() -> None:
         parser.error("--seconds must be above 0")
     arguments.num_threads = 1
     config = a3c.config_from(parser, arguments)
-    game, device = find_game(config.game, config.frameskip), startup.choose_device("cpu")
+    game, device = find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device("cpu")
     with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
         spent, updates = breakdown(Bench(config, game, device, log_dir), arguments.seconds)
     whole = sum(spent.values())

@@ -51,6 +51,7 @@ def test_defaults_are_the_originals():
         "unroll_step": 5,
         "frameskip": None,
         "max_iteration": 1_000_000,
+        "random_frameskip": False,
         "discount_factor": 0.99,
         "gae_lambda": 1.0,
         "life_loss_ends_return": False,

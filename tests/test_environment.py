@@ -5,6 +5,7 @@ import collections
 import gymnasium
 import numpy as np
 import pytest
+from conftest import ScriptedEnv
 
 import environment
 from environment import find_game
@@ -38,12 +39,15 @@ def native():
     ],
 )
 def test_game_has_the_settings_of_its_registration(game_id, rom, frameskip, frameskip_range, sticky, num_actions):
-    expected = (game_id, rom, frameskip, frameskip_range, sticky, 108_000, num_actions)
+    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000, num_actions)
     assert tuple(find_game(game_id)) == expected
+    assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
+    assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
 
 
 def test_description_of_a_game_says_that_its_random_frameskip_is_a_mean():
     assert "frame-skip 3 (the mean of this id's random 2..4)" in find_game("Breakout-v0").describe()
+    assert "frame-skip 3 (on average, drawn from 2..4)" in find_game("Breakout-v0", random_frameskip=True).describe()
     assert "frame-skip 4, sticky actions 0.25" in find_game("Breakout-v0", frameskip=4).describe()
     assert find_game("ALE/MsPacman-v5").describe() == "ALE/MsPacman-v5: 9 actions, frame-skip 4, sticky actions 0.25"
 
@@ -124,6 +128,30 @@ def test_training_frames_are_one_uint8_image_of_84_by_84_each(native):
     frame, _ = native("Breakout-v0", num_envs=2).reset(seed=1)
     assert frame.shape == (2, 1, 84, 84)
     assert frame.dtype == np.uint8
+
+
+def test_random_frameskip_takes_two_to_four_frames_for_all_games_alike_and_repeats_with_its_seed(native):
+    envs, taken = native("Breakout-v0", num_envs=2, random_frameskip=True), []
+    for _ in range(2):
+        _, info = envs.reset(seed=5)
+        frames = [info["episode_frame_number"].copy()]
+        frames += [envs.step(np.zeros(2, np.int32))[4]["episode_frame_number"].copy() for _ in range(60)]
+        taken.append(np.diff(frames, axis=0))
+    assert set(taken[0].flat) == {2, 3, 4}
+    np.testing.assert_array_equal(taken[0][:, 0], taken[0][:, 1])
+    np.testing.assert_array_equal(taken[0], taken[1])
+
+
+def test_random_frameskip_sums_the_rewards_of_a_step_up_to_the_end_of_a_game():
+    rewards, ends = [[1, 10], [2, 20], [4, 40]], [[0, 0], [1, 0], [0, 0]]
+    envs = environment.RandomFrameSkip(ScriptedEnv(rewards, ends, cuts=[[0, 0], [0, 0], [0, 1]]), 3, 3)
+    envs.reset(seed=1)
+    frame, reward, ended, cut, _ = envs.step(np.array([1, 3]))
+    np.testing.assert_array_equal(reward, [3, 70])
+    np.testing.assert_array_equal(ended, [True, False])
+    np.testing.assert_array_equal(cut, [False, True])
+    np.testing.assert_array_equal(frame[:, 0], envs.env.frames[3])
+    np.testing.assert_array_equal(envs.env.actions, [[1, 3]] * 3)
 
 
 def test_training_rewards_are_raw_scores(native):
