@@ -45,23 +45,26 @@ def parse_arguments() -> argparse.Namespace:
         help="greedy only: share of random actions, as the original (%(default)s)",
     )
     add("--seed", type=int, default=0, help="game i is played with seed + i (%(default)s)")
+    add("--frameskip", type=int, help="emulator frames per agent step; by default the game's own, which may be random")
     add("--film", type=int, default=1, help="games in the video, from the first on (%(default)s)")
     add("--render", action="store_true", help="show ALE's window, at the speed of the console")
     arguments = parser.parse_args()
     for name, low, high in (("iter", 1, 2**31), ("epsilon", 0, 1), ("seed", 0, 2**31 - 2**20), ("film", 0, 2**31)):
         if not low <= getattr(arguments, name) <= high:
             parser.error(f"{name} = {getattr(arguments, name)}: must be from {low} to {high:,}")
+    if arguments.frameskip is not None and not 1 <= arguments.frameskip <= 1000:
+        parser.error(f"frameskip = {arguments.frameskip}: must be from 1 to 1,000")
     if arguments.render and sys.platform == "linux" and not (os.getenv("DISPLAY") or os.getenv("WAYLAND_DISPLAY")):
         parser.error(f"--render: there is no display (DISPLAY is not set). {WITHOUT_WINDOW}")
     return arguments
 
 
-def open_game(game_id: str, render: bool) -> gymnasium.Env:
+def open_game(game_id: str, render: bool, frameskip: int | None = None) -> gymnasium.Env:
     """Build the game, with a window if `render`. Raises OSError if the display cannot show one."""
     if render and sys.platform == "linux":
         os.environ.setdefault("SDL_VIDEODRIVER", "x11,wayland")  # else it draws nowhere if the display does not answer
     try:
-        return make_watching_env(game_id, "human" if render else None)
+        return make_watching_env(game_id, "human" if render else None, frameskip)
     except RuntimeError as error:
         if not render:
             raise
@@ -126,7 +129,7 @@ def main() -> int:
     arguments = parse_arguments()
     model = checkpoint.resolve(arguments.model)
     game_id = arguments.game or checkpoint.read_config(os.path.join(os.path.dirname(model), checkpoint.CONFIG))["game"]
-    game, device = find_game(game_id), startup.choose_device(arguments.device)
+    game, device = find_game(game_id, arguments.frameskip), startup.choose_device(arguments.device)
     with tf.device(device):
         network, iteration = checkpoint.load_network(model, game.num_actions)
         print(f"{game.id}, {model} after {iteration:,} updates, {arguments.policy}, on {device.strip('/')}", flush=True)
@@ -137,7 +140,7 @@ def main() -> int:
             open(path, "a").close()  # what cannot be written is found out, and named, before playing
         scores, status = [], 0
         with contextlib.ExitStack() as stack:
-            env = open_game(game.id, arguments.render)
+            env = open_game(game.id, arguments.render, arguments.frameskip)
             stack.callback(env.close)
             film = None
             if arguments.film:
@@ -170,6 +173,7 @@ def main() -> int:
         "iteration": iteration,
         "policy": arguments.policy,
         "epsilon": arguments.epsilon if arguments.policy == "greedy" else None,
+        "frameskip": arguments.frameskip,
         "games": len(scores),
         **{name: round(float(x), 2) for name, x in summary.items()},
         "scores": scores,

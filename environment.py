@@ -146,11 +146,15 @@ class RandomFrameSkip(gymnasium.vector.VectorWrapper):
         return frame, rewards, ended, cut, info
 
 
-def make_watching_env(game_id: str, render_mode: str | None = None) -> gymnasium.Env:
-    """Build the registered environment as it is, with its random frame-skip; observations are grey [210, 160] uint8."""
+def make_watching_env(game_id: str, render_mode: str | None = None, frameskip: int | None = None) -> gymnasium.Env:
+    """Build the registered environment as it is, with its random frame-skip unless `frameskip` is given.
+
+    Observations are grey, [210, 160] uint8.
+    """
+    changed = {"frameskip": frameskip} if frameskip else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium advises v5 over the v0 that the original's results are for
-        return gymnasium.make(game_id, obs_type="grayscale", render_mode=render_mode)
+        return gymnasium.make(game_id, obs_type="grayscale", render_mode=render_mode, **changed)
 
 
 def preprocess(screen: np.ndarray) -> np.ndarray:

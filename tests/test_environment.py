@@ -1,6 +1,7 @@
 """Games, pixels and the frame history; the emulator is the real one."""
 
 import collections
+import contextlib
 
 import gymnasium
 import numpy as np
@@ -119,6 +120,13 @@ def test_watching_environment_has_the_registered_random_frameskip():
     assert screen.shape == (210, 160)
     assert screen.dtype == np.uint8
     assert set(np.diff(frames)) == {2, 3, 4}
+
+
+def test_watching_environment_takes_another_frameskip():
+    with contextlib.closing(environment.make_watching_env("Breakout-v0", frameskip=3)) as env:
+        env.reset(seed=1)
+        frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
+    assert set(np.diff(frames)) == {3}
 
 
 # The training environment.

@@ -138,6 +138,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
         "iteration": 7,
         "policy": "greedy",
         "epsilon": 0.05,
+        "frameskip": None,
         "games": 3,
         "mean": 5.0,
         "standard_deviation": 3.56,
@@ -148,6 +149,13 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
         "seeds": [40, 41, 42],
     }
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
+
+
+def test_another_frameskip_is_played_filmed_and_noted(main, tmp_path):
+    assert main("--iter=1", "--frameskip=6") == 0
+    assert results(tmp_path)["frameskip"] == 6
+    with av.open(str(tmp_path / "out" / "play.mp4")) as video:
+        assert video.streams.video[0].average_rate == 10
 
 
 def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_path, capsys):
@@ -248,7 +256,17 @@ def test_missing_video_encoder_is_an_error_that_names_the_way_out(main, no_play,
 
 
 @pytest.mark.parametrize(
-    "flag", ["--iter=0", "--iter=1.5", "--epsilon=2", "--epsilon=nan", "--seed=-1", "--policy=best", "--ite=3"]
+    "flag",
+    [
+        "--iter=0",
+        "--iter=1.5",
+        "--epsilon=2",
+        "--epsilon=nan",
+        "--seed=-1",
+        "--policy=best",
+        "--ite=3",
+        "--frameskip=0",
+    ],
 )
 def test_wrong_flag_exits_with_2_and_is_named(main, no_play, capsys, flag):
     with pytest.raises(SystemExit) as stopped:
