@@ -42,6 +42,7 @@ class StillEnvs(gymnasium.vector.VectorEnv):
         self.num_envs = num_envs
         self.frame = np.random.default_rng(0).integers(0, 256, (num_envs, 1, FRAME_SIZE, FRAME_SIZE), np.uint8)
         self.reward, self.ended = np.zeros(num_envs, np.int32), np.zeros(num_envs, bool)
+        self.lives = np.zeros(num_envs, np.int32)
 
     def reset(self, *, seed=None, options=None):
         """Return the frame."""
@@ -49,7 +50,7 @@ class StillEnvs(gymnasium.vector.VectorEnv):
 
     def step(self, actions):
         """Return the frame again."""
-        return self.frame, self.reward, self.ended, self.ended, {}
+        return self.frame, self.reward, self.ended, self.ended, {"lives": self.lives}
 
 
 class Bench:
