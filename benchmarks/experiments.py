@@ -2,12 +2,14 @@
 
 Each line of the list is a name, a colon and flags of `a3c.py`. Every configuration is run with every seed, one run on
 each core at a time, until it has taken so many agent steps; then its row goes into `docs/experiments.csv`, also if it
-failed. What has its row is not run again, and what was stopped half-way is resumed, so a search may take many sittings.
+failed. What has a row of so many steps is not run again, and what was stopped half-way is resumed, so a search may take
+many sittings.
 Two runs on a core each screen faster than one after the other on both, but share memory and caches: compare by agent
 steps, and take minutes from `bench.py` with the same flags.
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import queue
@@ -81,9 +83,11 @@ def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event
                     break
             finished = process.poll() is None and not stop.is_set()
             process.terminate()
-            status = process.wait(120)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(120)
         finally:
             process.kill()
+            status = process.wait()
     if stop.is_set():
         return None
     ended = "done" if finished or status == 0 else f"failed with exit status {status}"

@@ -98,9 +98,7 @@ def test_lost_life_ends_the_return_where_asked_but_never_the_game(make_config, e
     np.testing.assert_array_equal(found, np.array(lost if ends_return else ends, bool))
     np.testing.assert_array_equal(agent.progress.recent_scores(), [4])
     frames = history_to_frames(agent.history).numpy()
-    np.testing.assert_array_equal(
-        frames[1], np.stack(env.frames[2:6, 1], axis=-1)
-    )  # the second game's history is whole
+    np.testing.assert_array_equal(frames[1], np.stack(env.frames[2:6, 1], axis=-1))  # whole over the lost lives
 
 
 def test_lives_of_the_real_breakout_are_counted(make_config):
