@@ -15,6 +15,7 @@ import os
 import queue
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -56,10 +57,12 @@ def read_rows(path: str) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Return the cells that a run's `progress.csv` gives."""
+    """Return the cells that a run's `progress.csv` gives. Minutes are at its median speed: it may have been paused."""
     cells = dict.fromkeys(["agent_steps", "minutes", *MARKS], "")
     if rows:
-        cells["agent_steps"], cells["minutes"] = rows[-1]["agent_steps"], f"{float(rows[-1]['seconds']) / 60:.1f}"
+        speed = statistics.median(float(row["steps_per_second"]) for row in rows)
+        cells["agent_steps"] = rows[-1]["agent_steps"]
+        cells["minutes"] = f"{int(rows[-1]['agent_steps']) / speed / 60:.1f}"
     for name, mark in MARKS.items():
         scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
         if scores and int(rows[-1]["agent_steps"]) >= mark:

@@ -43,9 +43,14 @@ def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_
 
 def test_marks_are_means_of_the_scores_up_to_them_and_empty_where_the_run_ended_before():
     steps_and_scores = [(350_000, 1), (420_000, 2), (500_000, 4), (600_000, 9), (980_000, 5), (1_100_000, 7)]
-    cells = summary([{"agent_steps": str(n), "average_score": str(x), "seconds": "90"} for n, x in steps_and_scores])
+    speeds = [9_000, 10_000, 11_000, 10_000, 10_000, 10]  # the last row stood still for a while
+    rows = [
+        {"agent_steps": str(n), "average_score": str(x), "steps_per_second": str(speed)}
+        for (n, x), speed in zip(steps_and_scores, speeds, strict=True)
+    ]
+    cells = summary(rows)
     assert (cells["0.5M"], cells["1M"], cells["2M"], cells["10M"]) == ("3.0", "5.0", "", "")
-    assert (cells["agent_steps"], cells["minutes"]) == ("1100000", "1.5")
+    assert (cells["agent_steps"], cells["minutes"]) == ("1100000", "1.8")
 
 
 @pytest.mark.parametrize("text", ["no colon", "twice: --a\ntwice: --b"])
