@@ -80,6 +80,17 @@ class Config:
         self.log_dir = self.log_dir or os.path.join("log", self.game)
 
 
+# What `--preset` changes. The comments hold what was measured, on Breakout; docs/experiments.csv has the runs.
+PRESETS = {
+    "original": {},
+    "fast": {
+        "agents_per_thread": 32,
+        "life_loss_ends_return": True,
+        "filters": 16,
+        "learning_rate": 5e-4,
+    },
+}
+
 MAY_BE_ZERO = ("random_seed", "entropy_beta", "value_weight", "decay", "gae_lambda")
 AT_MOST_ONE = ("discount_factor", "decay", "gae_lambda")
 LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
@@ -116,21 +127,27 @@ def _checked(name: str, value, kind):
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with a flag for each field of Config; the comment behind a field is its help."""
+    """Return a parser with a flag for the preset and for each field of Config, whose comment is its help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="original", help="defaults to take (default: original)")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         comment = comments[field.name].replace("%", "%%")
         parser.add_argument(
-            f"--{field.name}", default=field.default, metavar="X", help=f"{comment} (default: {field.default})"
+            f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=f"{comment} (default: {field.default})"
         )
     return parser
 
 
 def config_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Config:
-    """Return the Config that parsed flags ask for; a wrong value ends the program with its ValueError's text."""
+    """Return the Config that parsed flags ask for; a wrong value ends the program with its ValueError's text.
+
+    What no flag says is as in the preset, and else the default.
+    """
+    fields = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
     try:
-        return Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+        return Config(**{**PRESETS[arguments.preset], **given})
     except ValueError as error:
         parser.error(str(error))
 

@@ -210,7 +210,8 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
             )
         if found.shape != tuple(variable.shape):
             raise CheckpointError(
-                f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}"
+                f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}. "
+                "Was it trained with another --preset or --filters?"
             )
 
 

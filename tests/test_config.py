@@ -148,12 +148,28 @@ def test_wrong_flag_exits_with_2_naming_field_and_value(name, value, capsys):
     assert re.search(rf"error: {name} = '?{value}(\.0)?'?: must be ", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("flags", [["--num_worker", "3"], ["--num_thread", "3"], ["--lr=1"], ["3"], ["--num_threads"]])
+@pytest.mark.parametrize(
+    "flags", [["--num_worker", "3"], ["--num_thread", "3"], ["--lr=1"], ["3"], ["--num_threads"], ["--preset=slow"]]
+)
 def test_unknown_shortened_and_empty_flags_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*flags)
     assert stopped.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+    assert flags[0].partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", a3c.PRESETS)
+def test_preset_gives_its_defaults_and_flags_go_before_it(preset):
+    changed = a3c.PRESETS[preset]
+    assert parse("--preset", preset) == Config(**changed)
+    assert parse("--preset", preset, "--agents_per_thread=3") == Config(**{**changed, "agents_per_thread": 3})
+
+
+def test_presets_are_the_original_which_changes_nothing_and_fast_which_does():
+    assert list(a3c.PRESETS) == ["original", "fast"]
+    assert a3c.PRESETS["original"] == {}
+    defaults = dataclasses.asdict(Config())
+    assert all(defaults[name] != value for name, value in a3c.PRESETS["fast"].items())
 
 
 def test_every_flag_has_a_help_text_with_its_default(capsys):
