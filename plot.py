@@ -1,7 +1,7 @@
 """Draw learning curves: `python plot.py log/Breakout-v0` writes scores.png and losses.png into the run's folder.
 
-Give several runs to compare them, `--steps N` as far as N agent steps; `--reference FILE.csv` adds dashed curves of
-average score by agent steps.
+Give several runs to compare them, `--steps N` as far as N agent steps; `--reference FILE.csv` adds dashed curves and
+single points of average score by agent steps, and by hours where the file knows seconds.
 """
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages
@@ -63,10 +63,10 @@ def draw_scores(runs: dict[str, dict], references: dict[str, dict], path: str) -
             x = run[axis] / UNITS[axis]
             panel.plot(x, run["average_score"], color=f"C{index}", label=name)
             panel.plot(x, run["maximum_score"], color=f"C{index}", linewidth=0.6, alpha=0.5)
+        for index, (name, reference) in enumerate(references.items(), len(runs)):
+            x, y = reference.get(axis, np.nan) / UNITS[axis], reference["average_score"]
+            panel.plot(x + 0 * y, y, "--" if len(y) > 1 else "o", color=f"C{index}", label=name)
         if axis == "agent_steps":
-            for index, (name, reference) in enumerate(references.items()):
-                x = reference["agent_steps"] / UNITS[axis]
-                panel.plot(x, reference["average_score"], "--", color=f"C{len(runs) + index}", label=name)
             farthest = max(run[axis].max() for run in runs.values()) / UNITS[axis]
             panel.set_xlim(0, farthest * 1.02)
         panel.set_xlabel(label)
@@ -75,7 +75,7 @@ def draw_scores(runs: dict[str, dict], references: dict[str, dict], path: str) -
     highest = max(np.nan_to_num(run["maximum_score"]).max() for run in runs.values())  # NaN until a game has ended
     lowest = min(0, *(np.nan_to_num(run["average_score"]).min() for run in runs.values()))  # Pong's go down to -21
     panels[0].set_ylim(lowest * 1.05, highest * 1.05 or 1)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -101,7 +101,7 @@ def split_references(path: str) -> dict[str, dict]:
     if "run" not in columns:
         return {os.path.basename(path): columns}
     names = dict.fromkeys(columns["run"].tolist())
-    return {f"original, {n}": {k: v[columns["run"] == n] for k, v in columns.items()} for n in names}
+    return {name: {k: v[columns["run"] == name] for k, v in columns.items()} for name in names}
 
 
 def main() -> None:
@@ -109,12 +109,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="folders of runs, or their progress.csv")
     parser.add_argument("--out", help="folder for the pictures (by default that of the first run)")
-    parser.add_argument("--reference", help="CSV file with agent_steps, average_score and, for several curves, run")
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="CSV with agent_steps, average_score and, if it has them, seconds and (for several curves) run",
+    )
     parser.add_argument("--steps", type=float, default=math.inf, help="draw only this many agent steps of each run")
     arguments = parser.parse_args()
     try:
         runs = {_run_name(path): first_steps(read_columns(path), arguments.steps) for path in arguments.runs}
-        references = split_references(arguments.reference) if arguments.reference else {}
+        references = {name: curve for path in arguments.reference for name, curve in split_references(path).items()}
         first = arguments.runs[0]
         out = arguments.out or (first if os.path.isdir(first) else os.path.dirname(first) or ".")
         os.makedirs(out, exist_ok=True)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -31,6 +32,24 @@ def test_several_runs_and_a_reference_are_drawn_into_the_folder_asked_for(tmp_pa
     process = plot(SHIPPED, "results/busy-machine", "--reference", "results/original.csv", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "losses.png"}
+
+
+def test_references_are_drawn_by_steps_and_by_the_hours_that_they_know(tmp_path):
+    head, row = "run,agent_steps,average_score,seconds\n", "a point,10000000,100,"
+    pictures = []
+    for name, text in {
+        "none": row + "nan\n",
+        "seconds": row + "3600\n",
+        "two": row + "nan\na point,2e7,100,nan\n",
+    }.items():
+        (tmp_path / "reference.csv").write_text(head + text)
+        references = ["--reference", "results/original.csv", tmp_path / "reference.csv"]
+        process = plot(SHIPPED, *references, "--out", tmp_path / name)
+        assert process.returncode == 0, process.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / name / "scores.png").convert("L"), int)[100:])
+    differs = [np.unique(np.nonzero(picture != pictures[0])[1]) for picture in pictures[1:]]
+    assert differs[0].size and differs[0].min() > 1000  # the point of one hour, in the third panel
+    assert differs[1].size and differs[1].max() < 600  # the line in place of a point, in the first
 
 
 def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(tmp_path):
