@@ -52,7 +52,8 @@ class Config:
     life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
     reward_clip: float | None = 1.0  # learn from rewards clipped to -1..1; none learns from raw scores
 
-    learning_rate: float = 2.5e-4  # at the start; falls to a tenth in a straight line over half of max_iteration
+    learning_rate: float = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
+    annealing: int | None = None  # updates over which the learning rate falls; none is half of max_iteration
     decay: float = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: float = 1e-10  # added to the mean square, inside the root
     grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off

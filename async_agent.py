@@ -168,7 +168,9 @@ class GroupAgent:
         # Update the shared network, then take its weights.
         with progress.lock:
             if progress.iteration < config.max_iteration:
-                learning_rate = learning_rate_at(progress.iteration, config.learning_rate, config.max_iteration)
+                learning_rate = learning_rate_at(
+                    progress.iteration, config.learning_rate, config.max_iteration, config.annealing
+                )
                 self.shared.apply_gradients(gradients, learning_rate)
                 progress.iteration += 1
                 progress.agent_steps += config.unroll_step * self.envs.num_envs

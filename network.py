@@ -190,7 +190,10 @@ class SharedNetwork(ActorCritic):
             )
 
 
-def learning_rate_at(iteration: int, start: float, max_iteration: int) -> np.float32:
-    """Return the learning rate: from `start` down to a tenth of it in a straight line over half of `max_iteration`."""
-    passed = min(1.0, iteration / max(1, max_iteration // 2))
+def learning_rate_at(iteration: int, start: float, max_iteration: int, annealing: int | None = None) -> np.float32:
+    """Return the learning rate: from `start` in a straight line down to a tenth of it, where it stays.
+
+    It falls over `annealing` updates; None is half of `max_iteration`, as in the original.
+    """
+    passed = min(1.0, iteration / (annealing or max(1, max_iteration // 2)))
     return np.float32(start * (1.0 - 0.9 * passed))

@@ -103,7 +103,7 @@ class Report:
             "maximum_score": scores.max() if scores.size else math.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),
             "learning_rate": learning_rate_at(
-                progress.iteration - 1, self.config.learning_rate, self.config.max_iteration
+                progress.iteration - 1, self.config.learning_rate, self.config.max_iteration, self.config.annealing
             ),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }

@@ -176,12 +176,14 @@ def test_gradients_are_clipped_before_the_update(make_config):
     np.testing.assert_allclose(average_norms, 1e-9, rtol=1e-3)
 
 
-def test_update_takes_the_learning_rate_of_its_iteration(make_config):
-    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(learning_rate=1e-3, max_iteration=4))
+@pytest.mark.parametrize("annealing", [None, 3])
+def test_update_takes_the_learning_rate_of_its_iteration(annealing, make_config):
+    config = make_config(learning_rate=1e-3, max_iteration=4, annealing=annealing)
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), config)
     updates = record_updates(agent)
     for _ in range(4):
         agent.iterate()
-    assert [rate for _, rate in updates] == [learning_rate_at(i, 1e-3, 4) for i in range(4)]
+    assert [rate for _, rate in updates] == [learning_rate_at(i, 1e-3, 4, annealing) for i in range(4)]
 
 
 def test_copy_equals_the_shared_network_after_an_update(make_config):

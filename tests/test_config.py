@@ -57,6 +57,7 @@ def test_defaults_are_the_originals():
         "life_loss_ends_return": False,
         "reward_clip": 1.0,
         "learning_rate": 2.5e-4,
+        "annealing": None,
         "decay": 0.99,
         "rmsprop_epsilon": 1e-10,
         "grad_clip": 0.1,
@@ -91,7 +92,7 @@ def test_one_is_the_most_for_a_factor(name):
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_clips_and_the_frameskip_can_be_none_and_nothing_else(name):
-    assert OPTIONAL == ["frameskip", "reward_clip", "grad_clip", "global_clip"]
+    assert OPTIONAL == ["frameskip", "reward_clip", "annealing", "grad_clip", "global_clip"]
     assert getattr(Config(**{name: None}), name) is None
     assert getattr(parse(f"--{name}", "none"), name) is None
     assert getattr(parse(f"--{name}=None"), name) is None
