@@ -81,7 +81,7 @@ class Config:
         self.log_dir = self.log_dir or os.path.join("log", self.game)
 
 
-# What `--preset` changes. Behind each key its effect on Breakout's score after 2 million agent steps (one seed each, from
+# What `--preset` changes. Behind each key its effect on Breakout's score after 2 million agent steps (one seed each,
 # docs/experiments.csv) and on the speed on two cores (`bench.py --seconds 6 --rounds 1`).
 PRESETS = {
     "original": {},
