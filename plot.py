@@ -64,8 +64,9 @@ def draw_scores(runs: dict[str, dict], references: dict[str, dict], path: str) -
             panel.plot(x, run["average_score"], color=f"C{index}", label=name)
             panel.plot(x, run["maximum_score"], color=f"C{index}", linewidth=0.6, alpha=0.5)
         for index, (name, reference) in enumerate(references.items(), len(runs)):
-            x, y = reference.get(axis, np.nan) / UNITS[axis], reference["average_score"]
-            panel.plot(x + 0 * y, y, "--" if len(y) > 1 else "o", color=f"C{index}", label=name)
+            y = reference["average_score"]
+            x = reference.get(axis, np.full(len(y), np.nan)) / UNITS[axis]
+            panel.plot(x, y, "--" if len(y) > 1 else "o", color=f"C{index}", label=name)
         if axis == "agent_steps":
             farthest = max(run[axis].max() for run in runs.values()) / UNITS[axis]
             panel.set_xlim(0, farthest * 1.02)
