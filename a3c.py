@@ -54,6 +54,7 @@ class Config:
 
     learning_rate: float = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
     annealing: int | None = None  # updates over which the learning rate falls; none is half of max_iteration
+    anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
     decay: float = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: float = 1e-10  # added to the mean square, inside the root
     grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off
@@ -79,6 +80,19 @@ class Config:
         if any(character in self.log_dir for character in "*?[]\\\0"):  # TensorFlow takes the path as a pattern
             raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
         self.log_dir = self.log_dir or os.path.join("log", self.game)
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """Return the learning rate of the update after so many."""
+        return self.learning_rate * self._annealed(iteration)
+
+    def entropy_beta_at(self, iteration: int) -> float:
+        """Return the entropy's weight of the update after so many."""
+        return self.entropy_beta * (self._annealed(iteration) if self.anneal_entropy else 1.0)
+
+    def _annealed(self, iteration: int) -> float:
+        """Return what is left, 1 to 0.1, of what falls over `annealing` updates."""
+        updates = self.annealing or max(1, self.max_iteration // 2)
+        return 1.0 - 0.9 * min(1.0, iteration / updates)
 
 
 # What `--preset` changes. Behind each key its effect on Breakout's score after 2 million agent steps (one seed each,

@@ -19,7 +19,6 @@ from network import (
     SharedNetwork,
     a3c_loss,
     clip_gradients,
-    learning_rate_at,
     n_step_returns,
 )
 from startup import tf
@@ -156,7 +155,8 @@ class GroupAgent:
                 returns = n_step_returns(
                     np.stack(rewards), np.stack(dones), values, bootstrap, config.discount_factor, config.gae_lambda
                 )
-            loss, terms = a3c_loss(logits, values, actions, returns, config.entropy_beta, config.value_weight)
+            entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
+            loss, terms = a3c_loss(logits, values, actions, returns, entropy_beta, config.value_weight)
 
         # Gradients, clipped.
         gradients = tape.gradient(loss, network.trainable_variables)
@@ -168,10 +168,7 @@ class GroupAgent:
         # Update the shared network, then take its weights.
         with progress.lock:
             if progress.iteration < config.max_iteration:
-                learning_rate = learning_rate_at(
-                    progress.iteration, config.learning_rate, config.max_iteration, config.annealing
-                )
-                self.shared.apply_gradients(gradients, learning_rate)
+                self.shared.apply_gradients(gradients, np.float32(config.learning_rate_at(progress.iteration)))
                 progress.iteration += 1
                 progress.agent_steps += config.unroll_step * self.envs.num_envs
                 self.on_update(losses)

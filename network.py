@@ -9,8 +9,6 @@ Shapes: T steps of an unroll, B games of a group, A actions, F filters of the fi
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
@@ -188,12 +186,3 @@ class SharedNetwork(ActorCritic):
                 grad=gradient,
                 use_locking=True,
             )
-
-
-def learning_rate_at(iteration: int, start: float, max_iteration: int, annealing: int | None = None) -> np.float32:
-    """Return the learning rate: from `start` in a straight line down to a tenth of it, where it stays.
-
-    It falls over `annealing` updates; None is half of `max_iteration`, as in the original.
-    """
-    passed = min(1.0, iteration / (annealing or max(1, max_iteration // 2)))
-    return np.float32(start * (1.0 - 0.9 * passed))

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from network import Losses, learning_rate_at
+from network import Losses
 from startup import reason, tf
 
 # Averages and rates are over the `summary_period` updates up to the row; scores are raw, the last whole game of each
@@ -102,9 +102,7 @@ class Report:
             "average_score": scores.mean() if scores.size else math.nan,
             "maximum_score": scores.max() if scores.size else math.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),
-            "learning_rate": learning_rate_at(
-                progress.iteration - 1, self.config.learning_rate, self.config.max_iteration, self.config.annealing
-            ),
+            "learning_rate": self.config.learning_rate_at(progress.iteration - 1),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }
         self.rows.append(row)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import ScriptedEnv
 
+import async_agent
 import environment
 import network
 from async_agent import GroupAgent, GroupFailure, Progress
 from environment import find_game, history_to_frames, make_training_envs
-from network import ActorCritic, SharedNetwork, learning_rate_at
+from network import ActorCritic, SharedNetwork, a3c_loss
 from startup import tf
 
 NUM_ACTIONS = 4
@@ -183,7 +184,27 @@ def test_update_takes_the_learning_rate_of_its_iteration(annealing, make_config)
     updates = record_updates(agent)
     for _ in range(4):
         agent.iterate()
-    assert [rate for _, rate in updates] == [learning_rate_at(i, 1e-3, 4, annealing) for i in range(4)]
+    lines = {None: [1e-3, 5.5e-4, 1e-4, 1e-4], 3: [1e-3, 7e-4, 4e-4, 1e-4]}
+    np.testing.assert_allclose([rate for _, rate in updates], lines[annealing], rtol=1e-6)
+
+
+@pytest.mark.parametrize("anneal_entropy", [True, False])
+def test_loss_takes_the_weight_of_the_entropy_of_its_iteration(anneal_entropy, make_config, monkeypatch):
+    weights = []
+
+    def record(*arguments):
+        weights.append(float(arguments[4]))
+        return a3c_loss(*arguments)
+
+    monkeypatch.setattr(async_agent, "a3c_loss", record)
+    config = make_config(entropy_beta=0.01, annealing=2, anneal_entropy=anneal_entropy)
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), config)
+    agent.iterate()
+    traces = a3c_loss.experimental_get_tracing_count()
+    for _ in range(3):
+        agent.iterate()
+    np.testing.assert_allclose(weights, [0.01, 0.0055, 0.001, 0.001] if anneal_entropy else [0.01] * 4, rtol=1e-6)
+    assert a3c_loss.experimental_get_tracing_count() == traces  # a new weight is no new graph
 
 
 def test_copy_equals_the_shared_network_after_an_update(make_config):

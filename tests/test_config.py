@@ -5,6 +5,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 
 import a3c
@@ -58,6 +59,7 @@ def test_defaults_are_the_originals():
         "reward_clip": 1.0,
         "learning_rate": 2.5e-4,
         "annealing": None,
+        "anneal_entropy": False,
         "decay": 0.99,
         "rmsprop_epsilon": 1e-10,
         "grad_clip": 0.1,
@@ -83,6 +85,29 @@ def test_wrong_value_raises_naming_field_and_value(name, value):
 @pytest.mark.parametrize("name", MAY_BE_ZERO)
 def test_zero_is_taken_where_it_has_a_meaning(name):
     assert getattr(Config(**{name: 0}), name) == 0
+
+
+def test_learning_rate_falls_to_a_tenth_in_a_line_over_half_of_the_iterations():
+    config = Config(learning_rate=2e-3, max_iteration=1000)
+    rates = [config.learning_rate_at(i) for i in (0, 250, 500, 750, 1000)]
+    np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
+
+
+def test_learning_rate_falls_over_the_updates_asked_for_whatever_max_iteration_is():
+    for max_iteration in (1, 100, 10**6):
+        config = Config(learning_rate=2e-3, max_iteration=max_iteration, annealing=100)
+        rates = [config.learning_rate_at(i) for i in (0, 50, 100, 101, 10**6)]
+        np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
+
+
+def test_learning_rate_is_defined_for_a_single_iteration():
+    assert Config(learning_rate=2e-3, max_iteration=1).learning_rate_at(0) == 2e-3
+
+
+def test_weight_of_the_entropy_falls_with_the_learning_rate_where_asked():
+    for anneal, expected in ((False, [0.02] * 4), (True, [0.02, 0.011, 0.002, 0.002])):
+        config = Config(entropy_beta=0.02, annealing=100, anneal_entropy=anneal)
+        np.testing.assert_allclose([config.entropy_beta_at(i) for i in (0, 50, 100, 10**6)], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FACTORS)

@@ -231,21 +231,6 @@ def test_update_has_epsilon_inside_the_root():
     np.testing.assert_allclose(before - shared.biases["value"], 0.01 * 1e-6 / np.sqrt(5e-13 + 1e-10), rtol=1e-4)
 
 
-def test_learning_rate_falls_to_a_tenth_in_a_line_over_half_of_the_iterations():
-    rates = [net.learning_rate_at(i, 2e-3, 1000) for i in (0, 250, 500, 750, 1000)]
-    np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
-
-
-def test_learning_rate_falls_over_the_updates_asked_for_whatever_max_iteration_is():
-    for max_iteration in (1, 100, 10**6):
-        rates = [net.learning_rate_at(i, 2e-3, max_iteration, 100) for i in (0, 50, 100, 101, 10**6)]
-        np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
-
-
-def test_learning_rate_is_defined_for_a_single_iteration():
-    assert net.learning_rate_at(0, 2e-3, 1) == np.float32(2e-3)
-
-
 # The network.
 
 
