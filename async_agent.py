@@ -96,7 +96,9 @@ class GroupAgent:
     ):
         self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
         self.on_update = on_update
-        self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters)  # this thread's copy
+        self.network = ActorCritic(
+            shared.num_actions, 0, config.compute_dtype, config.filters, shared.background
+        )  # this thread's copy
         self.network.copy_from(shared)
         self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
         self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play

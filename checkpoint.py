@@ -22,6 +22,7 @@ CONFIG = "config.json"
 LAST = "last.ckpt"
 _DATA, _INDEX = ".data-00000-of-00001", ".index"
 _KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
+_INPUT = f"biases/input{_KEY}"  # minus the background, only where it is taken off the pixels
 _PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
 
 
@@ -200,6 +201,12 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
     Raises:
       CheckpointError: names the first tensor that is missing or has another shape.
     """
+    less_background = _INPUT in tensors
+    if less_background != bool(network.background):
+        raise CheckpointError(
+            f"{path} is of another network: its pixels are {'less' if less_background else 'with'} the background. "
+            "Was it trained with another --preset or --subtract_background?"
+        )
     for kind, layer, variable in _parameters(network):
         found = tensors.get(f"{kind}/{layer}{_KEY}")
         if found is None:
@@ -216,14 +223,14 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
-    """Return the network of a checkpoint, with as many filters as it has, and after how many updates it was saved.
+    """Return the network of a checkpoint, with its filters and background, and after how many updates it was saved.
 
     Raises:
       CheckpointError: it is missing, damaged, of another network or of a game with another number of actions.
     """
     tensors = read(path)
     filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
-    network = ActorCritic(num_actions, filters=filters[0])
+    network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(_INPUT, 0)))
     check_fits(tensors, network, path)
     for kind, layer, variable in _parameters(network):
         variable.assign(tensors[f"{kind}/{layer}{_KEY}"])

@@ -40,6 +40,7 @@ class Game(NamedTuple):
     repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
     max_frames: int  # emulator frames after which a game is cut off
     num_actions: int
+    background: int  # grey level, 0..255, of most of the screen in play
 
     def describe(self) -> str:
         """Return one line that says what is played, and how it differs from the registered environment."""
@@ -71,7 +72,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
         frameskip_range = (frameskip[0], frameskip[1] - 1)
         frameskip = round(sum(frameskip_range) / 2)
     env = make_watching_env(game_id)
-    num_actions = int(env.action_space.n)
+    num_actions, background = int(env.action_space.n), _background(env)
     env.close()
     return Game(
         id=game_id,
@@ -82,7 +83,16 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
         repeat_action_probability=settings["repeat_action_probability"],
         max_frames=settings["max_num_frames_per_episode"],
         num_actions=num_actions,
+        background=background,
     )
+
+
+def _background(env: gymnasium.Env) -> int:
+    """Return the median grey level of a game's screen, after a second: Pong's first screens have another one."""
+    screen, _ = env.reset(seed=0)
+    for _ in range(20):
+        screen, *_ = env.step(0)
+    return int(np.median(screen))
 
 
 def available_cores() -> int:

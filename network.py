@@ -19,12 +19,16 @@ class ActorCritic(tf.Module):
     """Two convolutions and a hidden layer under a policy head and a value head.
 
     The first convolution has `filters` filters, the second twice as many. Weights are kept, and layers computed, in
-    `compute_dtype`; logits and values are float32 in any case.
+    `compute_dtype`; logits and values are float32 in any case. Where most of the screen is bright, its grey level,
+    `background`, should be taken off the pixels: else the first updates leave most filters of the first convolution
+    below zero wherever they look, and what is below zero everywhere learns no more.
     """
 
-    def __init__(self, num_actions: int, seed: int = 0, compute_dtype: str = "float32", filters: int = 32):
+    def __init__(
+        self, num_actions: int, seed: int = 0, compute_dtype: str = "float32", filters: int = 32, background: int = 0
+    ):
         super().__init__()
-        self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
+        self.num_actions, self.background, self.compute_dtype = num_actions, background, tf.as_dtype(compute_dtype)
         flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
             "conv1": [8, 8, 4, filters],
@@ -39,10 +43,13 @@ class ActorCritic(tf.Module):
             initial = tf.cast(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
+        if background:  # among the biases, so that a checkpoint knows it; not trained
+            self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
 
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels enter as 0..255."""
+        """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels are 0..255."""
         x = tf.cast(history_to_frames(history), self.compute_dtype)
+        x = x + self.biases["input"] if self.background else x
         x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, F]
         x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
@@ -162,8 +169,16 @@ class SharedNetwork(ActorCritic):
     the square root. Keras' starts at zero and its first step is about ten times larger.
     """
 
-    def __init__(self, num_actions: int, decay: float, seed: int = 0, epsilon: float = 1e-10, filters: int = 32):
-        super().__init__(num_actions, seed, filters=filters)
+    def __init__(
+        self,
+        num_actions: int,
+        decay: float,
+        seed: int = 0,
+        epsilon: float = 1e-10,
+        filters: int = 32,
+        background: int = 0,
+    ):
+        super().__init__(num_actions, seed, filters=filters, background=background)
         self.decay, self.epsilon = decay, epsilon
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]

@@ -169,6 +169,16 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config)
         np.testing.assert_allclose(one, other, atol=1e-4 * scale)
 
 
+def test_copy_takes_the_background_off_as_the_shared_network_does(make_config):
+    shared = SharedNetwork(NUM_ACTIONS, 0.99, seed=1, background=87)
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(), shared=shared)
+    for one, other in zip(shared(agent.history), agent.network(agent.history), strict=True):
+        np.testing.assert_array_equal(one, other)
+    before = all_weights(shared)
+    agent.iterate()
+    assert any(np.any(v != old) for v, old in zip(all_weights(shared), before, strict=True))
+
+
 def test_gradients_are_clipped_before_the_update(make_config):
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(grad_clip=1e-9))
     updates = record_updates(agent)

@@ -21,8 +21,8 @@ DATA, INDEX = ".data-00000-of-00001", ".index"
 class Run:
     """A network, its progress and the saver of both; no two runs of different seeds have equal weights."""
 
-    def __init__(self, folder, seed=1, num_actions=4, keep=3, filters=32):
-        self.shared = SharedNetwork(num_actions, decay=0.99, seed=seed, filters=filters)
+    def __init__(self, folder, seed=1, num_actions=4, keep=3, filters=32, background=0):
+        self.shared = SharedNetwork(num_actions, 0.99, seed, filters=filters, background=background)
         self.progress = Progress(2, 3)
         self.saver = Saver(str(folder), self.shared, self.progress, keep)
         self.warnings = []
@@ -253,6 +253,22 @@ def test_network_is_loaded_with_as_many_filters_as_it_was_saved_with(tmp_path, f
     path = run.saver.save()
     network, _ = checkpoint.load_network(path, 4)
     assert equal([v.numpy() for v in network.trainable_variables], run.state()[:10])
+
+
+def test_network_is_loaded_with_the_background_that_it_was_saved_with(tmp_path):
+    path = Run(tmp_path, background=87).saver.save()
+    network, _ = checkpoint.load_network(path, 4)
+    assert (network.background, float(network.biases["input"])) == (87, -87.0)
+    resumed = Run(tmp_path, seed=2, background=87)
+    assert resumed.resume() == path
+
+
+@pytest.mark.row(n=11)
+@pytest.mark.parametrize("saved, now, says", [(0, 87, "with"), (87, 0, "less")])
+def test_checkpoint_with_another_treatment_of_the_background_is_refused(tmp_path, saved, now, says):
+    Run(tmp_path, background=saved).saver.save()
+    with pytest.raises(CheckpointError, match=f"its pixels are {says} the background.*--subtract_background"):
+        Run(tmp_path, background=now).resume()
 
 
 @pytest.mark.row(n=11)

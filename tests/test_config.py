@@ -66,6 +66,7 @@ def test_defaults_are_the_originals():
         "global_clip": None,
         "entropy_beta": 0.01,
         "value_weight": 1.0,
+        "subtract_background": False,
         "filters": 32,
         "compute_dtype": "float32",
         "save_period": 20_000,

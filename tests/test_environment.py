@@ -30,20 +30,31 @@ def native():
 
 
 @pytest.mark.parametrize(
-    "game_id, rom, frameskip, frameskip_range, sticky, num_actions",
+    "game_id, rom, frameskip, frameskip_range, sticky, num_actions, background",
     [
-        ("Breakout-v0", "breakout", 3, (2, 4), 0.25, 4),
-        ("Pong-v0", "pong", 3, (2, 4), 0.25, 6),
-        ("SpaceInvaders-v4", "space_invaders", 3, (2, 4), 0.0, 6),
-        ("ALE/MsPacman-v5", "ms_pacman", 4, None, 0.25, 9),
-        ("BreakoutNoFrameskip-v4", "breakout", 1, None, 0.0, 4),
+        ("Breakout-v0", "breakout", 3, (2, 4), 0.25, 4, 0),
+        ("Pong-v0", "pong", 3, (2, 4), 0.25, 6, 87),
+        ("SpaceInvaders-v4", "space_invaders", 3, (2, 4), 0.0, 6, 0),
+        ("ALE/MsPacman-v5", "ms_pacman", 4, None, 0.25, 9, 32),
+        ("BreakoutNoFrameskip-v4", "breakout", 1, None, 0.0, 4, 0),
     ],
 )
-def test_game_has_the_settings_of_its_registration(game_id, rom, frameskip, frameskip_range, sticky, num_actions):
-    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000, num_actions)
+def test_game_has_the_settings_of_its_registration(
+    game_id, rom, frameskip, frameskip_range, sticky, num_actions, background
+):
+    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000, num_actions, background)
     assert tuple(find_game(game_id)) == expected
     assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
     assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
+
+
+def test_background_is_the_level_of_most_pixels_that_training_sees_in_play(native):
+    game = find_game("Pong-v0")
+    envs = native("Pong-v0", 2)
+    envs.reset(seed=0)
+    for _ in range(100):
+        frames = envs.step(np.zeros(2, np.int32))[0]
+    assert np.mean(frames == game.background) > 0.5
 
 
 def test_description_of_a_game_says_that_its_random_frameskip_is_a_mean():

@@ -285,6 +285,17 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others():
     assert not np.any(one == other)
 
 
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_background_is_taken_off_the_pixels_and_is_not_trained(compute_dtype):
+    plain = net.ActorCritic(2, 1, compute_dtype)
+    less = net.ActorCritic(2, 1, compute_dtype, background=87)
+    frames = np.random.default_rng(0).integers(0, 100, [3, 84, 84, 4], np.uint8)
+    history, brighter = (tf.bitcast(tf.constant(x), tf.uint32) for x in (frames, frames + np.uint8(87)))
+    for one, other in zip(plain(history), less(brighter), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(less.trainable_variables) == len(plain.trainable_variables)
+
+
 def test_pixels_enter_as_0_to_255_in_the_order_oldest_first():
     network = net.ActorCritic(2)
     for variable in network.trainable_variables:
