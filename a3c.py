@@ -96,7 +96,7 @@ class Config:
         return 1.0 - 0.9 * min(1.0, iteration / updates)
 
 
-# What `--preset` changes. Behind each key its effect on Breakout's score, after 2 million agent steps where nothing else
+# What `--preset` changes. Behind each key its effect on Breakout's score, after 2 million agent steps if nothing else
 # is said (one seed each, docs/experiments.csv), and on the speed on two cores (`bench.py --seconds 6 --rounds 1`).
 PRESETS = {
     "original": {},
@@ -105,8 +105,8 @@ PRESETS = {
         "life_loss_ends_return": True,  # 35.3 at a rate of 2.5e-4, without it 20.7
         "subtract_background": True,  # no change in Breakout, whose is black; Pong does not learn without it (README)
         "filters": 16,  # 32 have 2,480 steps/s
-        # With these four 114.7 after 5 and 288.1 after 10 million steps; 95.2 and 183.3 at 5e-4 falling over 20 million,
-        # with a constant weight of the entropy and without this clip.
+        # With these four 114.7 after 5 and 288.1 after 10 million steps; with 5e-4 falling over 20 million, a constant
+        # weight of the entropy and no such clip 95.2 and 183.3.
         "learning_rate": 3e-4,
         "annealing": 62_500,  # 10 million agent steps
         "anneal_entropy": True,  # 71.4 after 3.5 million, without it 62.1
