@@ -13,14 +13,7 @@ import gymnasium
 import numpy as np
 
 from environment import empty_history, push_frame
-from network import (
-    ActorCritic,
-    Losses,
-    SharedNetwork,
-    a3c_loss,
-    clip_gradients,
-    n_step_returns,
-)
+from network import ActorCritic, Losses, SharedNetwork, a3c_loss, clip_gradients, n_step_returns
 from startup import tf
 
 
@@ -96,9 +89,8 @@ class GroupAgent:
     ):
         self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
         self.on_update = on_update
-        self.network = ActorCritic(
-            shared.num_actions, 0, config.compute_dtype, config.filters, shared.background
-        )  # this thread's copy
+        # This thread's copy.
+        self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters, shared.background)
         self.network.copy_from(shared)
         self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
         self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play

@@ -88,7 +88,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
 
 
 def _background(env: gymnasium.Env) -> int:
-    """Return the median grey level of a game's screen, after a second: Pong's first screens have another one."""
+    """Return the median grey level of a game's screen after 20 steps: Pong's first screens have another one."""
     screen, _ = env.reset(seed=0)
     for _ in range(20):
         screen, *_ = env.step(0)
