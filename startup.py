@@ -61,6 +61,7 @@ def _quiet_stderr():
 
 check_packages()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # else off where the CPU lacks AVX512-VNNI: a third slower
 with _quiet_stderr():  # the import prints a dozen lines before any log level applies
     import tensorflow as tf
 tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
