@@ -68,7 +68,7 @@ def test_reason_is_one_line_without_what_only_tensorflow_needs(error, said):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its library of kernels is for x86")
 @pytest.mark.parametrize(("wish", "used"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
 def test_convolutions_use_onednn_on_any_x86_unless_the_user_says_otherwise(wish, used):
-    program = "from network import *; network = ActorCritic(4); network.predict_value(tf.zeros([2, 84, 84], tf.uint32))"
+    program = "import network as n; net = n.ActorCritic(4); net.predict_value(n.tf.zeros([2, 84, 84], n.tf.uint32))"
     others = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     environment = {**others, "ONEDNN_VERBOSE": "1", "CUDA_VISIBLE_DEVICES": "", **wish}
     ran = subprocess.run(
