@@ -1,8 +1,9 @@
 """Where the time of an update goes: `python -m benchmarks.breakdown`, with any flag of `a3c.py`.
 
-One group, one thread, on the CPU with nothing else at work: the real `GroupAgent.iterate`, with a stopwatch around each
-part. `ONEDNN_VERBOSE=1 python -m benchmarks.breakdown` also splits the network by kernel, summed from what oneDNN, the
-library TensorFlow computes convolutions and matrix products with, prints about each call.
+One group, one thread, nothing else at work: the real `GroupAgent.iterate`, with a stopwatch around each part. On a GPU,
+which computes while Python goes on, a part also waits for what the parts before it began. On a CPU,
+`ONEDNN_VERBOSE=1 python -m benchmarks.breakdown` also splits the network by kernel, summed from what oneDNN,
+TensorFlow's library of convolutions and matrix products, prints about each call.
 """
 
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
@@ -69,11 +70,15 @@ def main() -> None:
         parser.error("--seconds must be above 0")
     arguments.num_threads = 1
     config = a3c.config_from(parser, arguments)
-    game, device = find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device("cpu")
+    game, device = (
+        find_game(config.game, config.frameskip, config.random_frameskip),
+        startup.choose_device(config.device),
+    )
     with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
         spent, updates = breakdown(Bench(config, game, device, log_dir), arguments.seconds)
     whole = sum(spent.values())
-    print(f"{hardware()}; {updates} updates of {config.agents_per_thread} x {config.unroll_step} agent steps")
+    size = f"{config.agents_per_thread} x {config.unroll_step} agent steps"
+    print(f"{hardware()}, {device.strip('/')}; {updates} updates of {size}")
     for part, seconds in {**spent, "all": whole}.items():
         print(f"{part:20} {1000 * seconds / updates:7.1f} ms  {100 * seconds / whole:5.1f} %")
 

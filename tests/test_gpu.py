@@ -1,0 +1,105 @@
+"""What a GPU computes is what the CPU computes, and training runs on it. Skipped where TensorFlow sees no GPU."""
+
+import numpy as np
+import pytest
+from conftest import ENDLESS, Running, ScriptedEnv, last_iteration, rows, run
+
+from async_agent import GroupAgent, Progress
+from environment import empty_history, history_to_frames, push_frame
+from network import SharedNetwork, a3c_loss, clip_gradients, n_step_returns
+from startup import tf
+
+pytestmark = pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="TensorFlow sees no GPU")
+
+STEPS, GAMES, ACTIONS = 5, 8, 4
+
+
+@pytest.fixture
+def full_float32():
+    """Multiply in float32: by default a GPU rounds what it multiplies to 10 bits (TF32)."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    yield
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+def one_update(device):
+    """Return all that an update computes on `device` from the same frames, actions and rewards."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (STEPS + 1, GAMES, 84, 84), np.uint8)
+    dones, rewards = rng.random((STEPS, GAMES)) < 0.2, rng.normal(size=(STEPS, GAMES)).astype(np.float32)
+    actions = [tf.constant(row, tf.int32) for row in rng.integers(0, ACTIONS, (STEPS, GAMES))]
+    with tf.device(device):
+        network = SharedNetwork(ACTIONS, decay=0.99, seed=1, filters=16, background=87)
+        history = push_frame(empty_history(GAMES), frames[0], np.ones(GAMES, bool))
+        logits, values = [], []
+        with tf.GradientTape() as tape:
+            for step in range(STEPS):
+                logit, value = network(history)
+                logits.append(logit)
+                values.append(value)
+                history = push_frame(history, frames[step + 1], dones[step])
+            bootstrap = tf.stop_gradient(network.predict_value(history))
+            returns = tf.stop_gradient(n_step_returns(rewards, dones, values, bootstrap, 0.99))
+            loss, _ = a3c_loss(logits, values, actions, returns, 0.01)
+        gradients, norm = clip_gradients(tape.gradient(loss, network.trainable_variables), 0.1, 2.0)
+        network.apply_gradients(gradients, 1e-3)
+        computed = {"logits": tf.stack(logits), "values": tf.stack(values), "returns": returns}
+        computed |= {"loss": loss, "norm": norm}
+    computed |= {f"gradient {v.name}": g for v, g in zip(network.trainable_variables, gradients, strict=True)}
+    computed |= {f"updated {v.name}": v for v in network.trainable_variables}
+    assert all(tensor.device.endswith(device) for tensor in computed.values())
+    return {"frames": history_to_frames(history).numpy(), **{name: t.numpy() for name, t in computed.items()}}
+
+
+def test_update_is_as_on_the_cpu(full_float32):
+    cpu, gpu = one_update("CPU:0"), one_update("GPU:0")
+    np.testing.assert_array_equal(gpu.pop("frames"), cpu.pop("frames"))
+    for name, expected in cpu.items():
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(gpu[name], expected, rtol=0, atol=2e-5 * scale, err_msg=name)
+
+
+def test_update_is_nearly_so_with_the_products_that_training_takes():
+    cpu, gpu = one_update("CPU:0"), one_update("GPU:0")
+    for name, expected in cpu.items():
+        difference = np.linalg.norm(gpu[name].astype(float) - expected) / np.linalg.norm(expected)
+        assert difference < 0.01, name
+
+
+def test_actions_are_drawn_from_the_policy():
+    with tf.device("GPU:0"):
+        network = SharedNetwork(ACTIONS, decay=0.99, seed=1)
+        network.biases["policy"].assign(np.log([0.1, 0.2, 0.3, 0.4]))
+        history = empty_history(1000)  # black frames: all logits are the biases
+        draws = np.concatenate([network.act(history, np.array([7, step], np.int32))[2].numpy() for step in range(20)])
+    shares = np.bincount(draws, minlength=ACTIONS) / draws.size
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=5 * np.sqrt(0.25 / draws.size))
+
+
+def test_history_and_weights_stay_on_the_gpu(make_config):
+    config = make_config(agents_per_thread=GAMES)
+    env = ScriptedEnv(np.ones([3, GAMES]), ends=np.eye(3, GAMES))
+    with tf.device("GPU:0"):
+        shared = SharedNetwork(ACTIONS, config.decay)
+        agent = GroupAgent(0, env, shared, Progress(1, GAMES), config, lambda losses: None)
+        agent.reset()
+        agent.iterate()
+    everything = [agent.history, *agent.network.variables, *shared.variables]
+    assert {tensor.device.rpartition("device:")[2] for tensor in everything} == {"GPU:0"}
+
+
+def test_run_trains_on_the_gpu_goes_on_on_the_cpu_and_back(tmp_path):
+    for updates, device in (3, "gpu"), (6, "cpu"), (9, "gpu:0"):
+        process = run(tmp_path, f"--max_iteration={updates}", f"--device={device}")
+        assert process.returncode == 0, process.stderr
+        assert f"Training on {device[:3].upper()}:0" in process.stdout
+        assert last_iteration(tmp_path) == updates
+
+
+def test_auto_takes_the_gpu_and_a_signal_saves(tmp_path):
+    with Running(tmp_path, ENDLESS, "--device=auto") as running:
+        running.wait_for(lambda: (tmp_path / "progress.csv").exists() and len(rows(tmp_path)) > 3)
+        status, output = running.send(2)
+    assert status == 130
+    assert "Training on GPU:0" in output
+    assert last_iteration(tmp_path) >= 6
