@@ -108,20 +108,30 @@ def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.rando
     return int(rng.integers(len(logits))) if rng.random() < epsilon else int(logits.argmax())
 
 
-def play_game(env: gymnasium.Env, network: ActorCritic, seed: int, policy: str, epsilon: float, film) -> float:
-    """Play one whole game and return its raw score; `film` is called with each RGB screen [H, W, 3], unless None."""
+def play_game(
+    env: gymnasium.Env, network: ActorCritic, seed: int, policy: str, epsilon: float, film
+) -> tuple[float, list[float]]:
+    """Play one whole game; `film` is called with each RGB screen [H, W, 3], unless None.
+
+    Returns:
+      The raw score, and what it was at each loss of a life; nothing where the game has no lives.
+    """
     rng = np.random.default_rng(seed)
-    screen, _ = env.reset(seed=seed)
+    screen, info = env.reset(seed=seed)
     history, same_game, score, ended = empty_history(1), np.array([False]), 0.0, False
+    lives, lost_at = info["lives"], []
     while not ended:
         if film:
             film(env.unwrapped.ale.getScreenRGB())
         history = push_frame(history, preprocess(screen)[None], same_game)
         logits, _, _ = network.act(history, np.zeros(2, np.int32))
         action = choose_action(logits[0].numpy(), policy, epsilon, rng)
-        screen, reward, terminated, truncated, _ = env.step(action)
+        screen, reward, terminated, truncated, info = env.step(action)
         score, ended = score + float(reward), terminated or truncated
-    return score
+        if info["lives"] < lives:
+            lost_at.append(score)
+        lives = info["lives"]
+    return score, lost_at
 
 
 def main() -> int:
@@ -138,7 +148,7 @@ def main() -> int:
         results_path, film_path = (os.path.join(arguments.out, name) for name in ("results.json", "play.mp4"))
         for path in (results_path, film_path) if arguments.film else (results_path,):
             open(path, "a").close()  # what cannot be written is found out, and named, before playing
-        scores, status = [], 0
+        scores, lost_at, status = [], [], 0
         with contextlib.ExitStack() as stack:
             env = open_game(game.id, arguments.render, arguments.frameskip)
             stack.callback(env.close)
@@ -151,7 +161,9 @@ def main() -> int:
                 for number in range(arguments.iter):
                     seed = arguments.seed + number
                     filmed = film if number < arguments.film else None
-                    scores.append(play_game(env, network, seed, arguments.policy, arguments.epsilon, filmed))
+                    score, lost = play_game(env, network, seed, arguments.policy, arguments.epsilon, filmed)
+                    scores.append(score)
+                    lost_at.append(lost)
                     bar.write(f"game {number + 1}: {scores[-1]:g}")
                     bar.set_postfix_str(f"mean {np.mean(scores):.1f}", refresh=False)
                     bar.update()
@@ -177,6 +189,7 @@ def main() -> int:
         "games": len(scores),
         **{name: round(float(x), 2) for name, x in summary.items()},
         "scores": scores,
+        "lives_lost_at": lost_at,
         "seeds": [arguments.seed + number for number in range(len(scores))],
         "versions": startup.versions(),
     }

@@ -54,6 +54,7 @@ class ScriptedGame(gymnasium.Env):
     """A game of six steps that shows noise."""
 
     rewards = (1.0, -2.0, 4.0, -8.0, 16.0, 32.0)
+    lives = (3, 3, 2, 2, 3, 2, 0)  # one is won in the fourth step
 
     def __init__(self):
         self.screens = np.random.default_rng(0).integers(0, 256, [7, 210, 160], np.uint8)
@@ -62,12 +63,13 @@ class ScriptedGame(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         self.steps = 0
-        return self.screens[0], {}
+        return self.screens[0], {"lives": self.lives[0]}
 
     def step(self, action):
         self.actions.append(action)
         self.steps += 1
-        return self.screens[self.steps], self.rewards[self.steps - 1], self.steps == 6, False, {}
+        info = {"lives": self.lives[self.steps]}
+        return self.screens[self.steps], self.rewards[self.steps - 1], self.steps == 6, False, info
 
 
 def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
@@ -79,8 +81,9 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
 
     game, filmed = ScriptedGame(), []
     network = types.SimpleNamespace(act=act)
-    score = watching.play_game(game, network, seed=1, policy="greedy", epsilon=0.0, film=filmed.append)
+    score, lost_at = watching.play_game(game, network, seed=1, policy="greedy", epsilon=0.0, film=filmed.append)
     assert score == 1 - 2 + 4 - 8 + 16 + 32
+    assert lost_at == [1 - 2, 1 - 2 + 4 - 8 + 16, score]
     assert game.actions == [1, 2, 3, 0, 1, 2]
     queue = collections.deque([np.zeros([84, 84])] * 4, maxlen=4)
     for found, screen in zip(histories, game.screens, strict=False):
@@ -127,8 +130,8 @@ def results(tmp_path):
 
 
 def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path, monkeypatch, capsys):
-    scores = iter([3.0, 10.0, 2.0])
-    monkeypatch.setattr(watching, "play_game", lambda *_: next(scores))
+    games = iter([(3.0, [1.0, 3.0]), (10.0, []), (2.0, [2.0])])
+    monkeypatch.setattr(watching, "play_game", lambda *_: next(games))
     assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--film=0") == 0
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
@@ -146,6 +149,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
         "maximum": 10.0,
         "minimum": 2.0,
         "scores": [3.0, 10.0, 2.0],
+        "lives_lost_at": [[1.0, 3.0], [], [2.0]],
         "seeds": [40, 41, 42],
     }
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
@@ -161,6 +165,7 @@ def test_another_frameskip_is_played_filmed_and_noted(main, tmp_path):
 def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_path, capsys):
     assert main("--iter=2", "--seed=5", "--epsilon=1", "--film=1") == 0
     first = results(tmp_path)["scores"]
+    assert [len(lost) for lost in results(tmp_path)["lives_lost_at"]] == [5, 5]
     path = tmp_path / "out" / "play.mp4"
     with av.open(str(path)) as video:
         stream = video.streams.video[0]
@@ -178,7 +183,7 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
 
 @pytest.mark.row(n=9)
 def test_folder_of_a_run_is_taken_as_its_last_checkpoint(main, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "play_game", lambda *_: 1.0)
+    monkeypatch.setattr(watching, "play_game", lambda *_: (1.0, []))
     assert main(f"--model={model}", "--iter=1") == 0
     assert results(tmp_path)["model"] == "last.ckpt"
 
@@ -190,7 +195,7 @@ def test_interrupt_keeps_the_games_so_far(main, tmp_path, monkeypatch):
         if len(played) == 2:
             raise KeyboardInterrupt
         played.append(1)
-        return 5.0
+        return 5.0, []
 
     monkeypatch.setattr(watching, "play_game", play)
     assert main("--iter=9") == 130
