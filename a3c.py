@@ -185,10 +185,7 @@ def train(config: Config) -> int:
       GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
-    game, device = (
-        find_game(config.game, config.frameskip, config.random_frameskip),
-        startup.choose_device(config.device),
-    )
+    game, device = game_and_device(config)
     with checkpoint.run_folder(config.log_dir), tf.device(device):
         shared = make_network(config, game)
         progress = Progress(config.num_threads, config.agents_per_thread)
@@ -203,6 +200,11 @@ def train(config: Config) -> int:
             return 0
         with Report(config, progress) as report:
             return Groups(config, shared, progress, saver, report).run(game, device)
+
+
+def game_and_device(config: Config) -> tuple[Game, str]:
+    """Return the game to play and the TensorFlow device to compute on; raises ValueError where there is none such."""
+    return find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device(config.device)
 
 
 def make_network(config: Config, game: Game) -> SharedNetwork:

@@ -26,7 +26,7 @@ import numpy as np
 
 import a3c
 from async_agent import GroupAgent, Progress
-from environment import FRAME_SIZE, Game, available_cores, find_game, make_training_envs
+from environment import FRAME_SIZE, Game, available_cores, make_training_envs
 from report import Report
 from startup import tf
 
@@ -243,10 +243,7 @@ def main() -> None:
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
     config = a3c.config_from(parser, arguments)
-    game, device = (
-        find_game(config.game, config.frameskip, config.random_frameskip),
-        startup.choose_device(config.device),
-    )
+    game, device = a3c.game_and_device(config)
 
     with tf.device(device):
         if arguments.sweep:

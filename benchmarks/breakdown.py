@@ -6,7 +6,7 @@ which computes while Python goes on, a part also waits for what the parts before
 TensorFlow's library of convolutions and matrix products, prints about each call.
 """
 
-import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
+import startup  # isort: skip  # noqa: F401  # first: it checks the packages and sets TensorFlow up
 
 import collections
 import tempfile
@@ -16,7 +16,6 @@ from unittest import mock
 import a3c
 import async_agent
 from bench import WARM_UP_UPDATES, Bench, hardware
-from environment import find_game
 from startup import tf
 
 
@@ -70,10 +69,7 @@ def main() -> None:
         parser.error("--seconds must be above 0")
     arguments.num_threads = 1
     config = a3c.config_from(parser, arguments)
-    game, device = (
-        find_game(config.game, config.frameskip, config.random_frameskip),
-        startup.choose_device(config.device),
-    )
+    game, device = a3c.game_and_device(config)
     with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
         spent, updates = breakdown(Bench(config, game, device, log_dir), arguments.seconds)
     whole = sum(spent.values())
