@@ -136,7 +136,7 @@ def test_hail_of_ctrl_c_while_every_update_is_saved(tmp_path):
 
 @pytest.mark.row(n=4)
 @pytest.mark.row(n=5)
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_resumes_the_newest_save(tmp_path, kills):
     """Each kill comes up to eight seconds after the packages are imported, in a run that saves about every second."""
     folder, rng = tmp_path / "run", np.random.default_rng()
@@ -425,6 +425,7 @@ def test_any_damage_to_the_checkpoint_to_be_watched_is_named_and_nothing_loaded(
 # Rows 12 and 14: an exception or a stall in any thread, at any place.
 
 PLACES = ["environment step", "network step", "save"]
+GROUPS = [0, *(pytest.param(middle, marks=pytest.mark.slow) for middle in (1, 2)), 3]
 
 
 @pytest.fixture
@@ -466,7 +467,7 @@ def threads_of_groups():
 
 
 @pytest.mark.row(n=12)
-@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("place", PLACES)
 def test_exception_in_any_thread_stops_all_and_is_shown_and_the_run_saved(tmp_path, main, four_groups, place, group):
     def pull_the_cable(config):
@@ -485,7 +486,7 @@ def test_exception_in_any_thread_stops_all_and_is_shown_and_the_run_saved(tmp_pa
 
 
 @pytest.mark.row(n=14)
-@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("place", PLACES)
 def test_stall_of_any_thread_is_named_and_a_save_kept(tmp_path, main, monkeypatch, four_groups, place, group):
     over = threading.Event()
@@ -695,7 +696,7 @@ def test_device_auto_says_which_it_took(tmp_path, main, monkeypatch):
 
 
 @pytest.mark.row(n=18)
-@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("group", GROUPS)
 def test_memory_that_runs_out_in_a_thread_says_what_to_lower(tmp_path, main, four_groups, group):
     """Simulated: TensorFlow's error is raised where the network is computed; no GPU is filled."""
 
