@@ -136,7 +136,7 @@ def test_hail_of_ctrl_c_while_every_update_is_saved(tmp_path):
 
 @pytest.mark.row(n=4)
 @pytest.mark.row(n=5)
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_resumes_the_newest_save(tmp_path, kills):
     """Each kill comes up to eight seconds after the packages are imported, in a run that saves about every second."""
     folder, rng = tmp_path / "run", np.random.default_rng()
