@@ -139,7 +139,7 @@ def main() -> int:
     arguments = parse_arguments()
     model = checkpoint.resolve(arguments.model)
     game_id = arguments.game or checkpoint.read_config(os.path.join(os.path.dirname(model), checkpoint.CONFIG))["game"]
-    game, device = find_game(game_id, arguments.frameskip), startup.choose_device(arguments.device)
+    game, device = find_game(game_id, arguments.frameskip), startup.choose_device(arguments.device, num_groups=1)
     with tf.device(device):
         network, iteration = checkpoint.load_network(model, game.num_actions)
         print(f"{game.id}, {model} after {iteration:,} updates, {arguments.policy}, on {device.strip('/')}", flush=True)

@@ -45,6 +45,7 @@ class Config:
     agents_per_thread: int = 64  # games in a group
     unroll_step: int = 5  # agent steps of each game per update
     max_iteration: int = 1_000_000  # updates in all; 1 is 64 games * 5 steps = 320 agent steps = 960 frames
+    max_agent_steps: int | None = None  # agent steps in all; with none only max_iteration ends a run
     frameskip: int | None = None  # emulator frames per agent step; none is the game's own
     random_frameskip: bool = False  # draw it anew for every step where the game's id does; else it is the mean
     discount_factor: float = 0.99  # of the reward one agent step later
@@ -81,6 +82,11 @@ class Config:
         if any(character in self.log_dir for character in "*?[]\\\0"):  # TensorFlow takes the path as a pattern
             raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
         self.log_dir = self.log_dir or os.path.join("log", self.game)
+
+    def is_finished(self, progress: Progress) -> bool:
+        """Return whether a run that has come so far is over."""
+        enough_steps = self.max_agent_steps is not None and progress.agent_steps >= self.max_agent_steps
+        return progress.iteration >= self.max_iteration or enough_steps
 
     def learning_rate_at(self, iteration: int) -> float:
         """Return the learning rate of the update after so many."""
@@ -195,8 +201,9 @@ def train(config: Config) -> int:
         _note_config(config, resuming=resumed is not None)
         if resumed:
             print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games", flush=True)
-        if progress.iteration >= config.max_iteration:
-            print(f"nothing to do: iteration {progress.iteration:,} of max_iteration = {config.max_iteration:,}")
+        if config.is_finished(progress):
+            limits = f"max_iteration = {config.max_iteration:,}, max_agent_steps = {config.max_agent_steps}"
+            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
         with Report(config, progress) as report:
             return Groups(config, shared, progress, saver, report).run(game, device)
@@ -204,7 +211,7 @@ def train(config: Config) -> int:
 
 def game_and_device(config: Config) -> tuple[Game, str]:
     """Return the game to play and the TensorFlow device to compute on; raises ValueError where there is none such."""
-    return find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device(config.device)
+    return find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device(config.device, config.num_threads)
 
 
 def make_network(config: Config, game: Game) -> SharedNetwork:

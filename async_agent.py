@@ -12,8 +12,8 @@ from collections.abc import Callable
 import gymnasium
 import numpy as np
 
-from environment import empty_history, push_frame
-from network import ActorCritic, Losses, SharedNetwork, a3c_loss, clip_gradients, n_step_returns
+from environment import FRAME_SIZE, empty_history, push_frame
+from network import ActorCritic, Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import tf
 
 
@@ -67,50 +67,61 @@ class GroupFailure(Exception):
 
 
 class GroupAgent:
-    """A group of games played by one copy of the network, in one thread.
+    """A group of games played by one copy of the network, in one thread. Made in the main thread, which traces graphs.
 
     Args:
       index: number of the group, from 0.
-      envs: B games with same-step autoreset; observations [B, 1, 84, 84] uint8; rewards are raw scores.
+      make_envs: builds B games with same-step autoreset, once the thread runs; observations [B, 1, 84, 84] uint8;
+        rewards are raw scores.
       shared: the network to train.
       progress: counts the updates; its lock is held during each.
       config: `a3c.Config`.
       on_update: called with this update's losses while the lock is held.
     """
 
+    building = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
+
     def __init__(
         self,
         index: int,
-        envs: gymnasium.vector.VectorEnv,
+        make_envs: Callable[[], gymnasium.vector.VectorEnv],
         shared: SharedNetwork,
         progress: Progress,
         config,
         on_update: Callable[[Losses], None],
     ):
-        self.index, self.envs, self.shared, self.progress, self.config = index, envs, shared, progress, config
+        self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
         self.on_update = on_update
         # This thread's copy.
         self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters, shared.background)
         self.network.copy_from(shared)
-        self.history = None  # [B, 84, 84] uint32, on the device: the state that the next actions are for
-        self.episode_score = np.zeros(envs.num_envs)  # [B], raw, of the games in play
-        self.lives = np.zeros(envs.num_envs)  # [B], left in the games in play; kept where a lost life ends the return
+        self.envs = None
+        self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
+        self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
+        self.lives = np.zeros(config.agents_per_thread)  # [B], left; kept where a lost life ends the return
         self.seed = config.random_seed + progress.iteration  # a resumed run plays on, it does not play again
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
+        self.failure = None  # what the games raised
+        # One graph each, for good: two threads that trace at once disturb each other.
+        scalar = tf.TensorSpec([], tf.float32)
+        history = tf.TensorSpec.from_tensor(self.history)
+        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(
+            history, tf.TensorSpec([2], tf.int32), scalar
+        )
+        gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
+        self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar)
 
-    def run(self, coordinator: tf.train.Coordinator, device: str, go: threading.Event | None = None) -> None:
-        """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it.
-
-        Where `go` is given, learning waits for it once the games have started.
-        """
+    def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
+        """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
         with coordinator.stop_on_exception(), tf.device(device):
             try:
-                if self.history is None:
+                with self.building:
+                    if not coordinator.should_stop():
+                        self.envs = self.make_envs()
+                if not coordinator.should_stop():
                     self.reset()
-                while go and not go.wait(0.1) and not coordinator.should_stop():
-                    self.alive_at = time.monotonic()
-                while not coordinator.should_stop() and self.progress.iteration < self.config.max_iteration:
+                while not coordinator.should_stop() and not self.config.is_finished(self.progress):
                     self.iterate()
             except Exception as error:
                 raise GroupFailure(f"group {self.index}, {type(error).__name__}: {error}") from error
@@ -118,9 +129,8 @@ class GroupAgent:
 
     def reset(self) -> None:
         """Start all games."""
-        num_envs = self.envs.num_envs
-        frame, _ = self.envs.reset(seed=self.seed + self.index * num_envs)  # game i of the group gets seed + i
-        self.history = push_frame(empty_history(num_envs), frame[:, -1], np.ones(num_envs, bool))
+        frame, _ = self.envs.reset(seed=self.seed + self.index * self.envs.num_envs)  # game i gets seed + i
+        self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
 
     def iterate(self) -> None:
         """Play T steps in each game and update the shared network once.
@@ -128,51 +138,82 @@ class GroupAgent:
         Raises:
           FloatingPointError: logits or losses are not finite; the shared network is as it was before.
         """
-        config, network, progress = self.config, self.network, self.progress
-        logits, values, actions, rewards, dones = [], [], [], [], []  # T items of B games each
+        config, progress = self.config, self.progress
+        seed = np.array([self.seed + self.index, self.steps], np.int32)
+        entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
+        try:
+            self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
+        except tf.errors.OpError as error:
+            raise self.failure or error  # not TensorFlow's account of it
+        losses = Losses(*map(float, losses.numpy()))
+        if not np.all(np.isfinite(losses)):
+            raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
+        with progress.lock:
+            if not config.is_finished(progress):
+                self.update(gradients, np.float32(config.learning_rate_at(progress.iteration)))
+                progress.iteration += 1
+                progress.agent_steps += config.unroll_step * config.agents_per_thread
+                self.on_update(losses)
+
+    def _rollout(self, history, seed, entropy_beta):
+        """Play T steps in each game; return the new history, and the gradients and the losses of these steps.
+
+        All of it is one graph: Python is called only to step the games.
+        """
+        config, network = self.config, self.network
+        logits, values, actions, rewards, ends = [], [], [], [], []  # T items of B games each
 
         # Act. The copy does not change during the rollout, so these very passes are differentiated below.
         with tf.GradientTape() as tape:
-            for _ in range(config.unroll_step):
-                seed = np.array([self.seed + self.index, self.steps], np.int32)
-                logit, value, action = network.act(self.history, seed)
-                reward, done = self.step(action.numpy())
+            for step in range(config.unroll_step):
+                logit, value = network(history)
+                action = draw_action(logit, seed + [0, step])
+                frame, reward, done, return_ends = self._step_in_graph(action)
+                history = push_frame(history, frame, done)
                 logits.append(logit)
                 values.append(value)
                 actions.append(action)
                 rewards.append(reward)
-                dones.append(done)
+                ends.append(return_ends)
 
             # Returns and loss.
             with tape.stop_recording():
-                bootstrap = network.predict_value(self.history)
-                returns = n_step_returns(
-                    np.stack(rewards), np.stack(dones), values, bootstrap, config.discount_factor, config.gae_lambda
-                )
-            entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
+                _, bootstrap = network(history)
+                returns = n_step_returns(rewards, ends, values, bootstrap, config.discount_factor, config.gae_lambda)
             loss, terms = a3c_loss(logits, values, actions, returns, entropy_beta, config.value_weight)
 
         # Gradients, clipped.
         gradients = tape.gradient(loss, network.trainable_variables)
         gradients, gradient_norm = clip_gradients(gradients, config.grad_clip, config.global_clip)
-        losses = Losses(*(float(x) for x in (*terms, gradient_norm)))
-        if not np.all(np.isfinite(losses)):
-            raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
+        return history, gradients, tf.stack([*terms, gradient_norm])
 
-        # Update the shared network, then take its weights.
-        with progress.lock:
-            if progress.iteration < config.max_iteration:
-                self.shared.apply_gradients(gradients, np.float32(config.learning_rate_at(progress.iteration)))
-                progress.iteration += 1
-                progress.agent_steps += config.unroll_step * self.envs.num_envs
-                self.on_update(losses)
-            network.copy_from(self.shared)
+    def _update(self, gradients, learning_rate):
+        """Update the shared network, then take its weights."""
+        self.shared.apply_gradients(gradients, learning_rate)
+        self.network.copy_from(self.shared)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take one step in each game; keep the new history and the scores.
+    def _step_in_graph(self, action):
+        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and end of return [B] bool."""
+        with tf.device("/CPU:0"):
+            outputs = tf.numpy_function(self._step_or_note, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
+        num_envs = self.config.agents_per_thread
+        for output, shape in zip(outputs, ([num_envs, FRAME_SIZE, FRAME_SIZE], *3 * [[num_envs]]), strict=True):
+            output.set_shape(shape)
+        return outputs
+
+    def _step_or_note(self, action):
+        try:
+            return self.step(action)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Take one step in each game and keep the scores.
 
         Returns:
-          The rewards to learn from, [B] float32, and whether returns end here, [B] bool: with a game, or with a life.
+          The frames [B, 84, 84] uint8, the rewards to learn from [B] float32, whether the games are over [B] bool, and
+          whether returns end here [B] bool: with a game, or with a life.
 
         Raises:
           FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
@@ -181,7 +222,6 @@ class GroupAgent:
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
         frame, reward, terminated, truncated, info = self.envs.step(action)
         done = terminated | truncated
-        self.history = push_frame(self.history, frame[:, -1], done)
         self.steps += 1
         self.alive_at = time.monotonic()
 
@@ -197,4 +237,5 @@ class GroupAgent:
             self.lives = info["lives"].copy()
 
         clip = self.config.reward_clip
-        return np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32), return_ends
+        reward = np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32)
+        return frame[:, -1], reward, done, return_ends

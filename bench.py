@@ -26,7 +26,8 @@ import numpy as np
 
 import a3c
 from async_agent import GroupAgent, Progress
-from environment import FRAME_SIZE, Game, available_cores, make_training_envs
+from environment import FRAME_SIZE, Game, make_training_envs
+from startup import available_cores
 from report import Report
 from startup import tf
 
@@ -64,7 +65,7 @@ class Bench:
 
         def agents(all_envs):
             return [
-                GroupAgent(index, envs, shared, self.progress, self.config, self.on_update)
+                GroupAgent(index, lambda envs=envs: envs, shared, self.progress, self.config, self.on_update)
                 for index, envs in enumerate(all_envs)
             ]
 

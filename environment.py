@@ -12,7 +12,6 @@ Source: `async_agent.py` and `history_buffer.py` of hiwonjoon/tf-a3c-gpu; Mnih e
 """
 
 import difflib
-import os
 import warnings
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import gymnasium
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 
-from startup import tf
+from startup import available_cores, tf
 
 FRAME_SIZE = 84  # height and width of a frame, pixels
 
@@ -93,11 +92,6 @@ def _background(env: gymnasium.Env) -> int:
     for _ in range(20):
         screen, *_ = env.step(0)
     return int(np.median(screen))
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.vector.VectorEnv:
@@ -181,7 +175,6 @@ def empty_history(num_envs: int) -> tf.Tensor:
     return tf.zeros([num_envs, FRAME_SIZE, FRAME_SIZE], tf.uint32)
 
 
-@tf.function(autograph=False)
 def push_frame(history: tf.Tensor, frame: tf.Tensor, done: tf.Tensor) -> tf.Tensor:
     """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied first where `done` [B] bool.
 

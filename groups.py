@@ -1,5 +1,6 @@
 """All groups of a run: start a thread for each, watch over them, stop them, save what was learnt."""
 
+import functools
 import signal
 import threading
 import time
@@ -51,31 +52,27 @@ class Groups:
         return 128 + self.signals[0] if self.signals else 0
 
     def _start(self, game: Game, device: str) -> None:
-        """Build the groups one after the other, and let all learn once all stand; the first need not wait for that."""
-        config, report, all_stand = self.config, self.report, threading.Event()
-        for index in range(config.num_threads):
-            report.status(f"building group {index + 1} of {config.num_threads}")
-            envs = make_training_envs(game, config.agents_per_thread, config.num_threads)
-            agent = GroupAgent(index, envs, self.shared, self.progress, config, self._on_update)
-            arguments = (self.coordinator, device, all_stand if index else None)
-            thread = threading.Thread(target=agent.run, args=arguments, name=f"group {index}", daemon=True)
-            self.agents.append(agent)
+        """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""
+        config = self.config
+        self.report.status("preparing the network")
+        make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
+        self.agents = [
+            GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update)
+            for index in range(config.num_threads)
+        ]
+        for agent in self.agents:
+            thread = threading.Thread(
+                target=agent.run, args=(self.coordinator, device), name=f"group {agent.index}", daemon=True
+            )
             self.threads.append(thread)
             thread.start()
-            # Building holds Python's global lock, so let the first group's first update through.
-            while index == 1 and self.progress.iteration == 0 and not self._watch(0.05):
-                pass
-            if self._watch(0.05):
+        while (learning := sum(agent.steps > config.unroll_step for agent in self.agents)) < len(self.agents):
+            self.report.status(f"building games: {learning} of {len(self.agents)} groups learn")
+            if self._watch(0.2):
                 return
-        report.status("starting the last group")
-        while not self._watch(0.2):
-            if all(agent.history is not None for agent in self.agents):
-                all_stand.set()
-            if all(agent.steps > config.unroll_step for agent in self.agents):
-                first, now = report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
-                report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
-                break
-        report.status("")
+        first, now = self.report.first_update - startup.STARTED, time.monotonic() - startup.STARTED
+        self.report.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
+        self.report.status("")
 
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""

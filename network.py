@@ -58,27 +58,6 @@ class ActorCritic(tf.Module):
         value = x @ self.weights["value"] + self.biases["value"]
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
 
-    @tf.function(autograph=False)
-    def act(self, history, seed):
-        """Draw an action for each game.
-
-        Args:
-          history: [B, 84, 84] uint32.
-          seed: [2] int32; the same seed draws the same actions.
-
-        Returns:
-          logits [B, A], value [B], action [B] int32. Logits none of which is finite give actions out of range.
-        """
-        logits, value = self(history)
-        action = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)
-        return logits, value, tf.squeeze(action, axis=1)
-
-    @tf.function(autograph=False)
-    def predict_value(self, history):
-        """Return the value [B] of `history` [B, 84, 84] uint32."""
-        return self(history)[1]
-
-    @tf.function(autograph=False)
     def copy_from(self, other: "ActorCritic"):
         """Set all weights to those of `other`."""
         for mine, theirs in zip(self.trainable_variables, other.trainable_variables, strict=True):
@@ -94,20 +73,27 @@ class Losses(NamedTuple):
     gradient_norm: float  # global norm before the clip
 
 
-@tf.function(autograph=False)
-def n_step_returns(rewards, dones, values, bootstrap, discount: float, gae_lambda: float = 1.0) -> tf.Tensor:
+def draw_action(logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draw an action [B] int32 for each game from logits [B, A]; the same seed, [2] int32, draws the same actions.
+
+    Logits none of which is finite give actions out of range.
+    """
+    return tf.squeeze(tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32), axis=1)
+
+
+def n_step_returns(rewards, ends, values, bootstrap, discount: float, gae_lambda: float = 1.0) -> tf.Tensor:
     """Return R_t = r_t + discount * R_{t+1}, with R_T = bootstrap and no look across the end of a return.
 
     Paper, algorithm S3. A `gae_lambda` below 1 trusts the values more: R_{t+1} is mixed with V_{t+1}, lambda to
     1 - lambda, which makes R_t - V_t the generalised advantage estimate (Schulman et al. 2015).
 
-    rewards [T, B] float32, dones [T, B] bool, values T tensors [B], bootstrap [B] float32 -> [T, B] float32.
+    rewards, ends, values: T tensors [B], float32, bool and float32; bootstrap [B] float32 -> [T, B] float32.
     """
     returns, following = [], bootstrap
     values = [*values[1:], bootstrap]  # of the states that follow
-    for reward, done, value in zip(*map(reversed, (tf.unstack(rewards), tf.unstack(dones), values)), strict=True):
+    for reward, end, value in zip(*map(reversed, (rewards, ends, values)), strict=True):
         following = gae_lambda * following + (1 - gae_lambda) * value if gae_lambda < 1 else following
-        following = reward + discount * tf.where(done, 0.0, following)
+        following = reward + discount * tf.where(end, 0.0, following)
         returns.append(following)
     return tf.stack(returns[::-1])
 
@@ -128,7 +114,6 @@ def mean_entropy(logits: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(-tf.reduce_sum(tf.nn.softmax(logits) * tf.nn.log_softmax(logits), axis=-1))
 
 
-@tf.function(autograph=False)
 def a3c_loss(logits, values, actions, returns, entropy_beta: float, value_weight: float = 1.0):
     """Return the loss of a rollout and its three terms, all scalars.
 
@@ -146,7 +131,6 @@ def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
     return gradient * (clip / tf.maximum(average_norm, clip))
 
 
-@tf.function(autograph=False)
 def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None, global_clip: float | None = None):
     """Return the gradients in float32, clipped, and their global norm before that.
 
@@ -184,7 +168,6 @@ class SharedNetwork(ActorCritic):
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
         self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
 
-    @tf.function(autograph=False)
     def apply_gradients(self, gradients, learning_rate):
         """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""
         for variable, mean_square, momentum, gradient in zip(

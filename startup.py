@@ -67,8 +67,13 @@ with _quiet_stderr():  # the import prints a dozen lines before any log level ap
 tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
 
 
-def choose_device(device: str) -> str:
-    """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name and set TensorFlow up for it.
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(device: str, num_groups: int) -> str:
+    """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name; set TensorFlow up for it and for the groups.
 
     Call it once, before anything is computed: thread counts cannot change afterwards.
 
@@ -85,8 +90,10 @@ def choose_device(device: str) -> str:
             f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
             "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
         )
-    # Parallelism comes from the groups of environments, which all compute at once: one thread per operation is fastest.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
+    # The groups compute at once: one operation takes no more than its group's share of the cores. And a group that
+    # waits for its games inside the graph occupies a thread, beside those that compute.
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
+    tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     return f"/GPU:{number or 0}" if gpus and kind != "cpu" else "/CPU:0"
