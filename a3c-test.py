@@ -10,8 +10,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import gymnasium
@@ -167,8 +168,8 @@ def main() -> int:
                     bar.write(f"game {number + 1}: {scores[-1]:g}")
                     bar.set_postfix_str(f"mean {np.mean(scores):.1f}", refresh=False)
                     bar.update()
-            except KeyboardInterrupt:
-                status = 130  # the games so far count
+            except KeyboardInterrupt as stop:
+                status = exit_status(stop)  # the games so far count
     if not scores:
         return status
     summary = {
@@ -199,8 +200,30 @@ def main() -> int:
     return status
 
 
+def interrupt_once() -> Callable[[int], None]:
+    """Return a handler of signals: the first one ends the games, another must not cut off the writing of the results."""
+    seen = []
+
+    def interrupt(number: int) -> None:
+        seen.append(number)
+        if len(seen) == 1:
+            raise KeyboardInterrupt(number)
+
+    return interrupt
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Return the status of a program that a signal has ended."""
+    return 128 + (stop.args or [signal.SIGINT])[0]
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, FloatingPointError, checkpoint.CheckpointError) as error:
-        sys.exit(f"a3c-test.py: error: {error}")
+    with startup.safe_output(), startup.stop_signals(interrupt_once()):
+        try:
+            status = main()
+        except KeyboardInterrupt as stop:
+            status = exit_status(stop)
+        except (ValueError, OSError, FloatingPointError, checkpoint.CheckpointError) as error:
+            print(f"a3c-test.py: error: {error}", file=sys.stderr)
+            status = 1
+    startup.end(status)
