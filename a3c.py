@@ -133,6 +133,8 @@ def _checked(name: str, value, kind):
     kind, *optional = typing.get_args(kind) or (kind,)
     wanted = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
     wanted = "none, or " + wanted if optional else wanted
+    if isinstance(value, np.generic):
+        value = value.item()
     try:
         if kind is str:
             if not isinstance(value, (str, os.PathLike)):
@@ -146,8 +148,7 @@ def _checked(name: str, value, kind):
             return None
         if isinstance(value, str):
             value = int(value) if kind is int else float(value)
-        numbers = (int, np.integer) if kind is int else (int, np.integer, float, np.floating)
-        if isinstance(value, bool) or not isinstance(value, numbers):
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise ValueError
         low = 0 if name in MAY_BE_ZERO else math.ulp(0.0)
         high = 1 if name in AT_MOST_ONE else LARGEST
@@ -156,7 +157,7 @@ def _checked(name: str, value, kind):
             raise ValueError
     except (ValueError, OverflowError):
         raise ValueError(f"{name} = {value!r}: must be {wanted}") from None
-    return kind(value)
+    return value if kind is int else float(value)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
