@@ -11,6 +11,20 @@ import time
 
 STARTED = time.monotonic()  # of the command
 
+
+class UserError(ValueError):
+    """What this program refuses: one line that says what and why. Any other exception shows Python's own traceback."""
+
+
+@contextlib.contextmanager
+def refusing(what: str):
+    """Raise a UserError of `what` and the reason where the system or TensorFlow refuses something inside the block."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{what}: {reason(error)}") from error
+
+
 # Package -> the oldest version that works; the same bounds as in requirements.txt.
 REQUIRED = {
     "numpy": "1.26",
@@ -62,9 +76,17 @@ def _quiet_stderr():
 check_packages()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # else off where the CPU lacks AVX512-VNNI: a third slower
-with _quiet_stderr():  # the import prints a dozen lines before any log level applies
-    import tensorflow as tf
-tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+
+
+def __getattr__(name: str):
+    """Import TensorFlow at the first `from startup import tf`: plot.py does without it, in a second instead of six."""
+    global tf
+    if name != "tf":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with _quiet_stderr():  # the import prints a dozen lines before any log level applies
+        import tensorflow as tf
+    tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+    return tf
 
 
 def available_cores() -> int:
@@ -78,15 +100,15 @@ def choose_device(device: str, num_groups: int) -> str:
     Call it once, before anything is computed: thread counts cannot change afterwards.
 
     Raises:
-      ValueError: `device` is not one of those names, or there is no such GPU.
+      UserError: `device` is not one of those names, or there is no such GPU.
     """
     kind, _, number = device.lower().partition(":")
     if kind not in ("auto", "cpu", "gpu") or (number and (kind != "gpu" or not number.isdecimal())):
-        raise ValueError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
+        raise UserError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
     with _quiet_stderr():  # without a driver it prints an error on its way to "no GPU"
         gpus = tf.config.list_physical_devices("GPU")
     if kind == "gpu" and len(gpus) <= int(number or 0):
-        raise ValueError(
+        raise UserError(
             f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
             "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
         )
