@@ -42,7 +42,8 @@ def native():
 def test_game_has_the_settings_of_its_registration(
     game_id, rom, frameskip, frameskip_range, sticky, num_actions, background
 ):
-    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000, num_actions, background)
+    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000)
+    expected += (False, 0, False, num_actions, background)
     assert tuple(find_game(game_id)) == expected
     assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
     assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
@@ -124,7 +125,7 @@ def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, game
 
 
 def test_watching_environment_has_the_registered_random_frameskip():
-    env = environment.make_watching_env("Breakout-v0")
+    env = environment.make_watching_env(find_game("Breakout-v0"))
     screen, _ = env.reset(seed=1)
     frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
     env.close()
@@ -134,7 +135,7 @@ def test_watching_environment_has_the_registered_random_frameskip():
 
 
 def test_watching_environment_takes_another_frameskip():
-    with contextlib.closing(environment.make_watching_env("Breakout-v0", frameskip=3)) as env:
+    with contextlib.closing(environment.make_watching_env(find_game("Breakout-v0", frameskip=3))) as env:
         env.reset(seed=1)
         frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
     assert set(np.diff(frames)) == {3}

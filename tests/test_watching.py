@@ -19,7 +19,7 @@ from async_agent import Progress
 from checkpoint import CheckpointError
 from environment import history_to_frames, preprocess
 from network import SharedNetwork
-from startup import tf
+from startup import UserError, tf
 
 spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
 watching = importlib.util.module_from_spec(spec)
@@ -46,7 +46,7 @@ def test_softmax_policy_draws_with_the_networks_probabilities():
 @pytest.mark.row(n=13)
 @pytest.mark.parametrize("policy", ["greedy", "softmax"])
 def test_logits_that_are_not_finite_are_refused(policy):
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         watching.choose_action(np.float32([0, np.nan]), policy, 0.0, np.random.default_rng(0))
 
 
@@ -75,12 +75,11 @@ class ScriptedGame(gymnasium.Env):
 def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
     histories, logits = [], np.eye(4, dtype=np.float32)
 
-    def act(history, seed):
+    def network(history):
         histories.append(history_to_frames(history)[0].numpy())
-        return tf.constant(logits[len(histories) % 4][None]), None, None
+        return tf.constant(logits[len(histories) % 4][None]), None
 
     game, filmed = ScriptedGame(), []
-    network = types.SimpleNamespace(act=act)
     score, lost_at = watching.play_game(game, network, seed=1, policy="greedy", epsilon=0.0, film=filmed.append)
     assert score == 1 - 2 + 4 - 8 + 16 + 32
     assert lost_at == [1 - 2, 1 - 2 + 4 - 8 + 16, score]
@@ -238,7 +237,7 @@ def test_model_without_a_config_needs_the_game(main, no_play, model, tmp_path):
 def test_file_in_place_of_the_output_folder_is_an_error(main, no_play, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in ("file", "file/below"):
-        with pytest.raises(OSError, match="file"):
+        with pytest.raises(UserError, match="file"):
             main(f"--out={tmp_path / folder}")
 
 
@@ -256,7 +255,7 @@ def test_render_without_a_display_is_an_error_that_names_the_way_out(main, no_pl
 @pytest.mark.row(n=22)
 def test_missing_video_encoder_is_an_error_that_names_the_way_out(main, no_play, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
-    with pytest.raises(OSError, match="--film 0"):
+    with pytest.raises(UserError, match="--film 0"):
         main()
 
 
