@@ -67,5 +67,5 @@ def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(
 
 
 def test_run_that_is_not_there_is_named(tmp_path, draw):
-    with pytest.raises(SystemExit, match=r"^plot\.py: error: no [^\n]*nothing[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^plot\.py: error: cannot read [^\n]*nothing[^\n]*$"):
         draw(tmp_path / "nothing")
