@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from fractions import Fraction
 
 import av
 import gymnasium
@@ -159,6 +160,18 @@ def test_another_frameskip_is_played_filmed_and_noted(main, tmp_path):
     assert results(tmp_path)["frameskip"] == 6
     with av.open(str(tmp_path / "out" / "play.mp4")) as video:
         assert video.streams.video[0].average_rate == 10
+
+
+@pytest.mark.parametrize("frameskip", [7, 121, 1000])
+def test_video_is_as_fast_as_the_game_whatever_the_frameskip(tmp_path, frameskip):
+    rate = Fraction(60, frameskip)
+    with watching.open_video(str(tmp_path / "play.mp4"), 210, 160, rate) as film:
+        for _ in range(3):
+            film(np.zeros([210, 160, 3], np.uint8))
+    with av.open(str(tmp_path / "play.mp4")) as video:
+        assert video.streams.video[0].average_rate == rate
+        times = [frame.time for frame in video.decode(video=0)]
+    np.testing.assert_allclose(np.diff(times), float(1 / rate), rtol=1e-4)
 
 
 def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_path, capsys):
