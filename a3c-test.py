@@ -9,6 +9,7 @@ import startup  # isort: skip  # first: it checks the packages and sets TensorFl
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -167,7 +168,7 @@ def main() -> int:
             **frames,
             "versions": startup.versions(),
         }
-        scores, lost_at, seeds, status = [], [], [], 0
+        scores, lost_at, status = [], [], 0
         with contextlib.ExitStack() as stack:
             env = open_game(game, arguments.render)
             stack.callback(env.close)
@@ -181,37 +182,54 @@ def main() -> int:
                     seed = arguments.seed + number
                     filmed = film if number < arguments.film else None
                     score, lost = play_game(env, network, seed, arguments.policy, arguments.epsilon, filmed)
-                    for found, of_all in ((score, scores), (lost, lost_at), (seed, seeds)):
-                        of_all.append(found)
-                    summary = summarise(scores)
-                    played = {"games": len(scores), **summary, "scores": scores, "lives_lost_at": lost_at}
-                    checkpoint.write_json(results_path, {**results, **played, "seeds": seeds})  # kept, whatever happens
-                    with bar.external_write_mode():
-                        print(f"game {number + 1}: {score:g}", flush=True)
+                    scores.append(score)
+                    lost_at.append(lost)
+                    write_results(results_path, results, scores, lost_at, arguments.seed)  # kept, however this ends
+                    bar.write(f"game {number + 1}: {score:g}")
                     bar.set_postfix_str(f"mean {np.mean(scores):.1f}", refresh=False)
                     bar.update()
-            except KeyboardInterrupt:
-                status = 130  # the games so far count
-            except BrokenPipeError:  # nobody reads on
-                status = 141
-                for stream in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            except KeyboardInterrupt as stop:
+                status = exit_status(stop)
     if scores:
+        summary = write_results(results_path, results, scores, lost_at, arguments.seed)
         print(f"{len(scores)} games: " + ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items()))
         print(f"wrote {results_path}" + (f" and {film_path}" if arguments.film else ""))
     return status
 
 
-def summarise(scores: list[float]) -> dict[str, float]:
-    """Return the figures that a list of raw scores is known by, rounded to two digits."""
+def write_results(path: str, about: dict, scores: list[float], lost_at: list[list[float]], seed: int) -> dict:
+    """Write the results of the games so far, whole or not at all; return the figures that their scores are known by."""
     names = {"mean": np.mean, "standard_deviation": np.std, "median": np.median, "maximum": np.max, "minimum": np.min}
-    return {name: round(float(function(scores)), 2) for name, function in names.items()}
+    summary = {name: round(float(function(scores)), 2) for name, function in names.items()}
+    games = {"scores": scores, "lives_lost_at": lost_at, "seeds": [seed + number for number in range(len(scores))]}
+    checkpoint.write_json(path, {**about, "games": len(scores), **summary, **games})
+    return summary
+
+
+def interrupt_once() -> Callable[[int], None]:
+    """Return a handler of signals: the first one ends the games, another must not cut off the writing of results."""
+    seen = []
+
+    def interrupt(number: int) -> None:
+        seen.append(number)
+        if len(seen) == 1:
+            raise KeyboardInterrupt(number)
+
+    return interrupt
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Return the status of a program that a signal has ended."""
+    return 128 + (stop.args or [signal.SIGINT])[0]
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be printable
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"a3c-test.py: error: {error}")
+    with startup.safe_output(), startup.stop_signals(interrupt_once()):
+        try:
+            status = main()
+        except KeyboardInterrupt as stop:
+            status = exit_status(stop)
+        except UserError as error:
+            print(f"a3c-test.py: error: {error}", file=sys.stderr)
+            status = 1
+    startup.end(status)

@@ -21,9 +21,11 @@ import math
 import os
 import re
 import sys
-import threading
+import time
 import traceback
 import typing
+
+import numpy as np
 
 import checkpoint
 from async_agent import Progress
@@ -74,6 +76,7 @@ class Config:
     compute_dtype: str = "float32"  # of the threads' copies; bfloat16 is faster where the CPU has AMX or AVX512-BF16
 
     save_period: int = 20_000  # updates between checkpoints; the newest three are kept
+    save_minutes: float = 10.0  # most minutes between checkpoints, whatever save_period
     summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
     stall_timeout: float = 300.0  # seconds without a step of some group after which the run is saved and ended
 
@@ -140,9 +143,9 @@ def _checked(name: str, value, kind):
     wanted = "none, or " + wanted if optional else wanted
     try:
         if kind is str:
-            if not isinstance(value, str):
+            if not isinstance(value, (str, os.PathLike)):
                 raise ValueError
-            return value
+            return os.fspath(value)
         if kind is bool:
             if str(value).lower() not in ("true", "false"):
                 raise ValueError
@@ -151,7 +154,8 @@ def _checked(name: str, value, kind):
             return None
         if isinstance(value, str):
             value = int(value) if kind is int else float(value)
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        numbers = (int, np.integer) if kind is int else (int, np.integer, float, np.floating)
+        if isinstance(value, bool) or not isinstance(value, numbers):
             raise ValueError
         low = 0 if name in MAY_BE_ZERO else math.ulp(0.0)
         high = 1 if name in AT_MOST_ONE else LARGEST
@@ -160,7 +164,7 @@ def _checked(name: str, value, kind):
             raise ValueError
     except (ValueError, OverflowError):
         raise UserError(f"{name} = {value!r}: must be {wanted}") from None
-    return value if kind is int else float(value)
+    return kind(value)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -208,12 +212,19 @@ def train(config: Config) -> int:
       GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
+    signals = []
+    with startup.safe_output(), startup.stop_signals(signals.append):
+        return _train(config, signals)
+
+
+def _train(config: Config, signals: list[int]) -> int:
+    started = time.monotonic()
     config = dataclasses.replace(config, log_dir=config.folder)
     game, device = game_and_device(config)
-    with checkpoint.run_folder(config.log_dir), tf.device(device):
+    with checkpoint.run_folder(config.log_dir) as check, tf.device(device):
         shared = make_network(config, game)
         progress = Progress(config.num_threads, config.agents_per_thread)
-        saver = checkpoint.Saver(config.log_dir, shared, progress)
+        saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)
         print(f"{game.describe()}. Training on {device.strip('/')}, into {config.log_dir}", flush=True)
         resumed = saver.resume(warn=print)
         _note_config(config, progress, resuming=resumed is not None)
@@ -223,8 +234,8 @@ def train(config: Config) -> int:
             limits = f"max_iteration = {config.max_iteration:,}, max_agent_steps = {config.max_agent_steps}"
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
-        with Report(config, progress) as report:
-            return Groups(config, shared, progress, saver, report).run(game, device)
+        report = Report(config, progress, check)
+        return Groups(config, shared, progress, saver, report, signals).run(game, device, started)
 
 
 def game_and_device(config: Config) -> tuple[Game, str]:
@@ -264,13 +275,17 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
 
 def main() -> int:
     """Run the command line and return the exit status."""
+    signals = []
+    with startup.safe_output(), startup.stop_signals(signals.append):
+        return _main(signals)
+
+
+def _main(signals: list[int]) -> int:
     parser = config_parser(__doc__.splitlines()[0])
     try:
         folder = config_from(parser, parser.parse_args()).folder
         parser.set_defaults(**given_to_run(folder))  # which go before those of Config and of a preset
-        return train(config_from(parser, parser.parse_args()))
-    except KeyboardInterrupt:
-        return 130
+        return _train(config_from(parser, parser.parse_args()), signals)
     except UserError as error:
         print(f"a3c.py: error: {error}", file=sys.stderr)
     except Exception as error:
@@ -282,8 +297,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if any(thread.name.startswith("group") for thread in threading.enumerate()):
-        sys.stdout.flush()
-        os._exit(status)  # a stalled thread in native code would keep the process from ending
-    sys.exit(status)
+    startup.end(main())

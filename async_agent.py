@@ -94,7 +94,6 @@ class GroupAgent:
         self.on_update = on_update
         # This thread's copy.
         self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters, shared.background)
-        self.network.copy_from(shared)
         self.envs = None
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
@@ -132,9 +131,11 @@ class GroupAgent:
             coordinator.request_stop()
 
     def reset(self) -> None:
-        """Start all games."""
+        """Start all games, and take the shared weights."""
         frame, _ = self.envs.reset(seed=self.seeds[1:])
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
+        with self.progress.lock:  # others may have learnt while these games were built
+            self.network.copy_from(self.shared)
 
     def iterate(self) -> None:
         """Play T steps in each game and update the shared network once.

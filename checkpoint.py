@@ -1,15 +1,15 @@
 """Save, verify and resume.
 
-A run's folder holds `model.ckpt-N.*` after N updates (the newest few) and, once a run has ended, `last.ckpt.*`, which
-is a copy of the newest. Each save goes to a new name and is read back before an older one is removed, so at
-every moment there is a complete one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
+A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, another name of the newest.
+Each save goes to a new name and is read back before an older one is removed, so at every moment there is a complete
+one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -17,6 +17,11 @@ import numpy as np
 
 from network import ActorCritic, SharedNetwork
 from startup import UserError, reason, refusing, tf
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG = "config.json"
 LAST = "last.ckpt"
@@ -31,19 +36,39 @@ class CheckpointError(UserError):
 
 
 @contextlib.contextmanager
-def run_folder(folder: str):
+def run_folder(folder: str) -> Iterator[Callable[[], None]]:
     """Make the folder if need be and keep it for this process while the block runs.
 
+    Yields:
+      A function that raises UserError once the folder was removed, or taken by another run.
+
     Raises:
-      OSError: it cannot be made or written, or another run is using it.
+      UserError: it cannot be made or written, or another run is using it.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as lock:  # the system lets go of it however the process ends
+    path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(path, "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"log_dir = {folder!r}: {reason(error)}") from error
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except BlockingIOError:
-            raise OSError(f"log_dir = {folder!r}: another run is using it") from None
-        yield
+            raise UserError(f"log_dir = {folder!r}: another run is using it") from None
+        except (OSError, AttributeError):  # the file system has no such locks, or Windows
+            print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
+        lock.truncate(0)
+        lock.write(owner)
+        lock.flush()
+
+        def check() -> None:
+            with contextlib.suppress(FileNotFoundError), open(path) as file:
+                if file.read() == owner:
+                    return
+            raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
+
+        yield check
 
 
 def read_config(path: str) -> dict:
@@ -84,10 +109,11 @@ class Saver:
       shared: the network with its RMSProp state.
       progress: an `async_agent.Progress`. The caller holds its lock around `save`.
       keep: how many numbered checkpoints stay.
+      check: what `run_folder` yields; called before a save.
     """
 
-    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3):
-        self.folder, self.shared, self.progress, self.keep = folder, shared, progress, keep
+    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3, check=lambda: None):
+        self.folder, self.shared, self.progress, self.keep, self.check = folder, shared, progress, keep, check
         self.newest = None  # path of what this process saved or resumed last
         self.checkpoint = tf.train.Checkpoint(
             weights=shared.weights,
@@ -97,51 +123,43 @@ class Saver:
         )
 
     def save(self) -> str:
-        """Write `model.ckpt-N`, read it back, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, point `last.ckpt` at it, remove the oldest; return its path.
 
         Raises:
           FloatingPointError: a weight is not finite; nothing was written.
-          OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+          UserError: the disk is full, or the folder cannot be written or was lost; earlier checkpoints are untouched.
           CheckpointError: what was read back differs from what was written.
         """
         for variable in self.shared.trainable_variables:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
-        if path == self.newest and os.path.exists(path + _INDEX):
-            return path
-        with self._whole_or_nothing(path) as unfinished:
-            self.checkpoint.write(unfinished)
-            read(unfinished)
+        unfinished = os.path.join(self.folder, ".unfinished")
+        try:
+            self.check()
+            if path != self.newest or not os.path.exists(path + _INDEX):
+                self.checkpoint.write(unfinished)
+                read(unfinished)
+                _remove(path)
+                for suffix in (_DATA, _INDEX):  # killed in between, it is no checkpoint rather than a damaged one
+                    os.replace(unfinished + suffix, path + suffix)
+            self._point_last_at(path)
+        except (tf.errors.OpError, OSError) as error:
+            self.remove_unfinished()
+            raise UserError(f"cannot save {path}: {reason(error)}. Earlier saves are intact") from error
         self.newest = path
         for old in numbered(self.folder)[self.keep :]:
             _remove(old)
         return path
 
-    def save_last(self) -> str:
-        """Save, and copy the save to `last.ckpt`; return that path. Raises as `save` does."""
-        path, last = self.save(), os.path.join(self.folder, LAST)
-        with self._whole_or_nothing(last) as unfinished:
-            for suffix in (_DATA, _INDEX):
-                shutil.copyfile(path + suffix, unfinished + suffix)
-        return last
-
-    @contextlib.contextmanager
-    def _whole_or_nothing(self, path: str):
-        """Yield a hidden name to write a checkpoint under, which becomes `path` at the end of the block.
-
-        Raises:
-          OSError: the block or the renaming failed; what was written is removed.
-        """
-        unfinished = os.path.join(self.folder, ".unfinished")
-        try:
-            yield unfinished
-            _remove_file(path + _INDEX)  # killed between these lines, it is no checkpoint rather than a damaged one
-            os.replace(unfinished + _DATA, path + _DATA)
-            os.replace(unfinished + _INDEX, path + _INDEX)
-        except (tf.errors.OpError, OSError) as error:
-            self.remove_unfinished()
-            raise OSError(f"cannot save {path}: {reason(error)}. Earlier saves are intact") from error
+    def _point_last_at(self, path: str) -> None:
+        last = os.path.join(self.folder, LAST)
+        _remove(last)
+        for suffix in (_DATA, _INDEX):
+            try:
+                os.link(path + suffix, last + suffix)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path + suffix, last + suffix)
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
@@ -152,8 +170,7 @@ class Saver:
           CheckpointError: the checkpoint is of another network, or every one of them is damaged.
         """
         self.remove_unfinished(warn)
-        candidates = []
-        paths = all_checkpoints(self.folder)
+        candidates, paths = [], all_checkpoints(self.folder)
         for path in paths:
             try:
                 tensors = read(path)
@@ -168,6 +185,8 @@ class Saver:
         check_fits(tensors, self.shared, path)
         self.checkpoint.read(path).assert_consumed()
         self.newest = path
+        if path != os.path.join(self.folder, LAST):
+            self._point_last_at(path)  # killed before it did
         return path
 
     def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:

@@ -1,42 +1,43 @@
-"""What every command does first: check the packages, import TensorFlow quietly, choose the device."""
+"""What every command does first and last: packages, a quiet import, the device; output, signals, the end."""
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
+import queue
 import re
+import signal
 import sys
-import tempfile
-import time
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TextIO
 
-STARTED = time.monotonic()  # of the command
+for _name in ("stdin", "stdout", "stderr"):
+    if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
+        setattr(sys, _name, open(os.devnull, "r" if _name == "stdin" else "w"))  # noqa: SIM115
+
+# Package -> the oldest version that works.
+REQUIRED = dict(
+    re.findall(r"^([\w-]+)>=([\d.]+)", Path(__file__).with_name("requirements.txt").read_text(), re.MULTILINE)
+)
+# Ctrl-C, `kill`, a closed window or a dropped ssh, time over, a batch system's warning of that, Ctrl-\\.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGQUIT")
+LAST_WORDS = 1.0  # seconds that stdout and stderr get in the end for what they have not taken yet
 
 
 class UserError(ValueError):
-    """What this program refuses: one line that says what and why. Any other exception shows Python's own traceback."""
+    """A refusal of this program; its message says in one line what to change. All else shows Python's own traceback."""
 
 
 @contextlib.contextmanager
-def refusing(what: str):
+def refusing(what: str) -> Iterator[None]:
     """Raise a UserError of `what` and the reason where the system or TensorFlow refuses something inside the block."""
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
         raise UserError(f"{what}: {reason(error)}") from error
-
-
-# Package -> the oldest version that works; the same bounds as in requirements.txt.
-REQUIRED = {
-    "numpy": "1.26",
-    "tensorflow": "2.21",
-    "tensorboard": "2.20",
-    "gymnasium": "1.2",
-    "ale-py": "0.12",
-    "pillow": "10.0",
-    "tqdm": "4.66",
-    "matplotlib": "3.8",
-    "av": "13.0",
-}
 
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
@@ -57,20 +58,15 @@ def _major_minor(version: str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """Hold back what C++ writes to stderr inside the block; show it all the same if the block fails."""
-    sys.stderr.flush()
+    """Drop what C++ writes to stderr inside the block; exceptions come through."""
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as held_back:
-        os.dup2(held_back.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held_back.seek(0)
-            os.write(kept, held_back.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 check_packages()
@@ -90,14 +86,31 @@ def __getattr__(name: str):
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, by its CPU mask and by the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *_cpu_quotas()])
 
 
-def choose_device(device: str, num_groups: int) -> str:
+def _cpu_quotas() -> Iterator[int]:
+    """Yield how many cores, rounded up, each of Linux' control groups around this process grants."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "cpu") or controllers.startswith("cpu,"):
+            # Version 2 of control groups has no list of controllers. Inside a container `group` may not be there.
+            folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # not there; no limit is "max"
+                    quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
+                    if quota > 0:  # no limit is -1
+                        yield math.ceil(quota / period)
+
+
+def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name; set TensorFlow up for it and for the groups.
 
-    Call it once, before anything is computed: thread counts cannot change afterwards.
+    It sees no other GPU afterwards. Where TensorFlow is already at work, its threads and GPUs stay as they are.
 
     Raises:
       UserError: `device` is not one of those names, or there is no such GPU.
@@ -112,13 +125,114 @@ def choose_device(device: str, num_groups: int) -> str:
             f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
             "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
         )
-    # The groups compute at once: one operation takes no more than its group's share of the cores. And a group that
-    # waits for its games inside the graph occupies a thread, beside those that compute.
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
-    tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    return f"/GPU:{number or 0}" if gpus and kind != "cpu" else "/CPU:0"
+    wanted = [] if kind == "cpu" else gpus[int(number or 0) :][:1]
+    try:
+        tf.config.set_visible_devices(wanted, "GPU")  # TensorFlow takes memory on every GPU that it sees
+        for gpu in wanted:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        # The groups compute at once: one operation takes no more than its group's share of the cores. And a group
+        # that waits for its games inside the graph occupies a thread, beside those that compute.
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
+        tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
+    except RuntimeError:
+        print("TensorFlow was already at work in this process: its threads and GPUs stay as they were set up")
+    visible = tf.config.get_visible_devices("GPU")
+    if not set(wanted) <= set(visible):
+        raise UserError(f"device = {device!r}: this process has been set up for another. Use a new process")
+    return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
+
+
+class Background:
+    """A thread that does jobs in their order: one that fails or blocks holds up nobody else."""
+
+    def __init__(self):
+        self.jobs = queue.SimpleQueue()
+        self.failure = None  # of the first job that failed
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        for job in iter(self.jobs.get, None):
+            try:
+                job()
+            except Exception as error:
+                self.failure = self.failure or error
+
+    def close(self, seconds: float) -> None:
+        """Let it do what is left, for so long at most."""
+        self.jobs.put(None)
+        self.thread.join(seconds)
+
+
+class _Output:
+    """A text stream in which a print never fails and never waits."""
+
+    def __init__(self, stream: TextIO, background: Background):
+        self.stream, self.background = stream, background
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)  # isatty, encoding, fileno
+
+    def write(self, text: str) -> int:
+        if self.background.jobs.qsize() < 10_000:  # else nobody reads: the rest is dropped
+            self.background.jobs.put(lambda: self._write(text))
+        return len(text)
+
+    def _write(self, text: str) -> None:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self.stream.flush()
+
+    def flush(self) -> None:
+        """Do nothing: each text is flushed."""
+
+
+@contextlib.contextmanager
+def safe_output() -> Iterator[None]:
+    """Let the block print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk."""
+    try:
+        one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):  # no files, as in a notebook
+        one_place = True
+    out = Background()
+    err = out if one_place else Background()  # one keeps the order
+    with (
+        contextlib.redirect_stdout(_Output(sys.stdout, out)),
+        contextlib.redirect_stderr(_Output(sys.stderr, err)),
+    ):
+        try:
+            yield
+        finally:
+            out.close(LAST_WORDS)
+            err.close(LAST_WORDS)
+
+
+@contextlib.contextmanager
+def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each signal that asks the block to end; give the handlers back afterwards.
+
+    A signal that was ignored before, as by `nohup`, stays ignored. Outside the main thread none can be handled.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in STOP_SIGNALS):  # Windows lacks most
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
+                before[number] = signal.signal(number, lambda number, _: handle(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(status: int) -> NoReturn:
+    """End the process, without waiting for a thread that hangs in native code or in an output nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        if threading.active_count() == 1:
+            sys.stdout.flush()  # where this fails, Python would end with a status of its own
+            sys.stderr.flush()
+            sys.exit(status)
+    os._exit(status)
 
 
 def reason(error: Exception) -> str:

@@ -102,7 +102,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     progress = Progress(1, 1)
     progress.iteration = 7
-    checkpoint.Saver(str(folder), SharedNetwork(4, 0.99, seed=1), progress).save_last()
+    checkpoint.Saver(str(folder), SharedNetwork(4, 0.99, seed=1), progress).save()
     (folder / "config.json").write_text('{"game": "Breakout-v0"}')
     return folder
 
