@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from network import ActorCritic, SharedNetwork
-from startup import UserError, reason, tf
+from startup import UserError, reason, refusing, tf
 
 try:
     import fcntl
@@ -31,7 +31,7 @@ _INPUT = f"biases/input{_KEY}"  # minus the background, only where it is taken o
 _PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of something else; the message says which and what to do."""
 
 
@@ -86,12 +86,19 @@ def read_config(path: str) -> dict:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def write_config(path: str, config: dict) -> None:
-    """Write a run's `config.json`, whole or not at all."""
+def write_json(path: str, content: dict) -> None:
+    """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
     unfinished = os.path.join(os.path.dirname(path), ".unfinished.json")
-    with open(unfinished, "w") as file:
-        json.dump(config, file, indent=2)
-    os.replace(unfinished, path)
+    with refusing(f"cannot write {path}"):
+        with open(unfinished, "w") as file:
+            json.dump(content, file, indent=2)
+        os.replace(unfinished, path)
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise UserError where TensorFlow takes a path for a pattern, or cannot say it because it is not UTF-8."""
+    if any(character in "*?[]\\\0" or "\ud800" <= character <= "\udfff" for character in path):
+        raise UserError(f"{name} = {path!r}: must be a path in UTF-8 without any of * ? [ ] \\")
 
 
 class Saver:
@@ -264,11 +271,13 @@ def _parameters(network: ActorCritic) -> Iterator[tuple[str, str, tf.Variable]]:
 
 
 def resolve(path: str) -> str:
-    """Return the checkpoint that `path` means: a checkpoint, its `.index` or data file, or the folder around it.
+    """Return the checkpoint that `path` means: itself, that of an `.index` or data file, or the newest of a folder.
 
     Raises:
-      CheckpointError: there is none; lists what is there.
+      CheckpointError: there is none; lists what is there. UserError: TensorFlow could not read this path.
     """
+    path = os.path.expanduser(path)
+    check_path("model", path)
     for suffix in (_INDEX, _DATA):
         path = path.removesuffix(suffix)
     if os.path.exists(path + _INDEX):
@@ -283,9 +292,15 @@ def resolve(path: str) -> str:
 
 
 def all_checkpoints(folder: str) -> list[str]:
-    """Return the folder's checkpoints: `last.ckpt` first if it is there, then the numbered ones, newest first."""
-    last = os.path.join(folder, LAST)
-    return ([last] if os.path.exists(last + _INDEX) else []) + numbered(folder)
+    """Return the folder's checkpoints, newest first; `last.ckpt` goes before an equal one, and first if damaged."""
+    last, found = os.path.join(folder, LAST), numbered(folder)
+    if os.path.exists(last + _INDEX):
+        try:
+            saved = saved_iteration(read(last))
+            found.insert(sum(int(path.rpartition("-")[2]) > saved for path in found), last)
+        except CheckpointError:
+            found.insert(0, last)
+    return found
 
 
 def numbered(folder: str) -> list[str]:

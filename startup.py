@@ -28,7 +28,16 @@ LAST_WORDS = 1.0  # seconds that stdout and stderr get in the end for what they 
 
 
 class UserError(ValueError):
-    """A refusal of this program; its message says in one line what to change."""
+    """A refusal of this program; its message says in one line what to change. All else shows Python's own traceback."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise a UserError of `what` and the reason where the system or TensorFlow refuses something inside the block."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
@@ -63,9 +72,17 @@ def _quiet_stderr():
 check_packages()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # else off where the CPU lacks AVX512-VNNI: a third slower
-with _quiet_stderr():  # the import prints a dozen lines before any log level applies
-    import tensorflow as tf
-tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+
+
+def __getattr__(name: str):
+    """Import TensorFlow at the first `from startup import tf`: plot.py does without it, in a second instead of six."""
+    global tf
+    if name != "tf":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with _quiet_stderr():  # the import prints a dozen lines before any log level applies
+        import tensorflow as tf
+    tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+    return tf
 
 
 def available_cores() -> int:

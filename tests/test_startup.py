@@ -47,7 +47,7 @@ def test_missing_or_old_package_ends_the_program_with_one_line_that_names_it(mon
 @pytest.mark.parametrize("device", ["gpu:x", "tpu", "cpu:1", ""])
 def test_device_that_is_none_raises_naming_it(device):
     with pytest.raises(ValueError, match=f"device = '{device}': must be auto, cpu, gpu or gpu:N"):
-        startup.choose_device(device)
+        startup.choose_device(device, 1)
 
 
 @pytest.mark.parametrize(
