@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import glob
 import math
 import os
 import time
@@ -31,6 +32,10 @@ COLUMNS = {
 }
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that redraws it: one of a bar that is not shown would never end
+
+
 class Report:
     """Reports one run. Files are written in the background: training does not notice where that fails or waits.
 
@@ -58,7 +63,7 @@ class Report:
                     if int(row[axis]) >= start:
                         self._add_point(axis, row)
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
-        self.bar = tqdm(
+        self.bar = _Bar(
             total=config.max_iteration, initial=progress.iteration, unit="it", dynamic_ncols=True, disable=None
         )
         self.background = Background()
@@ -153,9 +158,16 @@ def _cut_off(path: str, iteration: int) -> list[dict]:
 
 
 def _forget_from(step: int, folder: str) -> None:
-    """Let TensorBoard forget what a killed run noted in the folder from this step on."""
+    """Take what a killed run noted from this step on out of the folder's TensorBoard files."""
     os.makedirs(folder, exist_ok=True)
-    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
-    with tf.io.TFRecordWriter(os.path.join(folder, f"events.out.tfevents.{time.time():.0f}")) as file:
-        for event in ({"file_version": "brain.Event:2"}, {"step": step, "session_log": start}):
-            file.write(tf.compat.v1.Event(wall_time=time.time(), **event).SerializeToString())
+    for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        unfinished = os.path.join(folder, ".unfinished.events")
+        with (
+            tf.io.TFRecordWriter(unfinished) as file,
+            contextlib.suppress(tf.errors.DataLossError),
+        ):  # cut off by a kill
+            for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(record)
+                if event.step < step or not event.HasField("summary"):
+                    file.write(record)
+        os.replace(unfinished, path)

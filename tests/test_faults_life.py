@@ -569,7 +569,7 @@ def test_training_in_a_thread_twice_with_numbers_of_numpy_and_a_path(tmp_path):
 small.update(log_dir=Path(small["log_dir"]), num_threads=np.int64(1), learning_rate=np.float32(1e-3))
 time.sleep(5)
 statuses = []
-for end in (2, 4):
+for end in (20, 40):
     config = a3c.Config(**small, max_iteration=np.int32(end))
     thread = threading.Thread(target=lambda: statuses.append(a3c.train(config)))
     thread.start()
@@ -580,7 +580,7 @@ print(statuses, threading.active_count(), signal.getsignal(signal.SIGTERM) == si
     output = run_code(tmp_path, code)
     took = time.monotonic() - start
     assert output.splitlines()[-1] == "[0, 0] 1 True"
-    assert last_iteration(tmp_path) == 4
+    assert last_iteration(tmp_path) == 40
     times = [float(text) for text in re.findall(r"first update ([\d.]+) s after the start", output)]
     assert len(times) == 2
     assert sum(times) < took - 5  # the sleep before does not count
