@@ -18,13 +18,10 @@ import numpy as np
 from network import ActorCritic, SharedNetwork
 from startup import UserError, reason, refusing, tf
 
-try:
+with contextlib.suppress(ImportError):  # Windows has no such locks
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
-CONFIG = "config.json"
-LAST = "last.ckpt"
+CONFIG, LAST = "config.json", "last.ckpt"
 _DATA, _INDEX = ".data-00000-of-00001", ".index"
 _KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
 _INPUT = f"biases/input{_KEY}"  # minus the background, only where it is taken off the pixels
@@ -37,37 +34,31 @@ class CheckpointError(UserError):
 
 @contextlib.contextmanager
 def run_folder(folder: str) -> Iterator[Callable[[], None]]:
-    """Make the folder if need be and keep it for this process while the block runs.
-
-    Yields:
-      A function that raises UserError once the folder was removed, or taken by another run.
+    """Keep a folder, made if need be, for this process; yield a function that checks whether it still is there.
 
     Raises:
-      UserError: it cannot be made or written, or another run is using it.
+      UserError: it cannot be made or written, or another run uses it. The function: it was removed or taken since.
     """
     path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
-    try:
+
+    def check() -> None:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            if file.read() == owner:
+                return
+        raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
+
+    with refusing(f"log_dir = {folder!r}"):
         os.makedirs(folder, exist_ok=True)
         lock = open(path, "a")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"log_dir = {folder!r}: {reason(error)}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except BlockingIOError:
             raise UserError(f"log_dir = {folder!r}: another run is using it") from None
-        except (OSError, AttributeError):  # the file system has no such locks, or Windows
+        except (OSError, NameError):  # nor has every file system
             print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
         lock.truncate(0)
-        lock.write(owner)
-        lock.flush()
-
-        def check() -> None:
-            with contextlib.suppress(FileNotFoundError), open(path) as file:
-                if file.read() == owner:
-                    return
-            raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
-
+        print(owner, end="", file=lock, flush=True)
         yield check
 
 
@@ -105,25 +96,20 @@ class Saver:
     """Saves a run into its folder and resumes it.
 
     Args:
-      folder: the run's folder.
+      folder, check: of `run_folder`; the check is made before each save.
       shared: the network with its RMSProp state.
       progress: an `async_agent.Progress`. The caller holds its lock around `save`.
       keep: how many numbered checkpoints stay.
-      check: what `run_folder` yields; called before a save.
     """
 
     def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3, check=lambda: None):
         self.folder, self.shared, self.progress, self.keep, self.check = folder, shared, progress, keep, check
         self.newest = None  # path of what this process saved or resumed last
-        self.checkpoint = tf.train.Checkpoint(
-            weights=shared.weights,
-            biases=shared.biases,
-            mean_squares=shared.mean_squares,
-            progress=progress,
-        )
+        state = {"weights": shared.weights, "biases": shared.biases, "mean_squares": shared.mean_squares}
+        self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
-        """Write `model.ckpt-N`, read it back, point `last.ckpt` at it, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, name it `last.ckpt` too, remove the oldest; return its path.
 
         Raises:
           FloatingPointError: a weight is not finite; nothing was written.
@@ -134,32 +120,21 @@ class Saver:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
-        unfinished = os.path.join(self.folder, ".unfinished")
-        try:
+        with refusing(f"cannot save {path}, earlier saves are intact"):
             self.check()
-            if path != self.newest or not os.path.exists(path + _INDEX):
-                self.checkpoint.write(unfinished)
-                read(unfinished)
-                _remove(path)
-                for suffix in (_DATA, _INDEX):  # killed in between, it is no checkpoint rather than a damaged one
-                    os.replace(unfinished + suffix, path + suffix)
-            self._point_last_at(path)
-        except (tf.errors.OpError, OSError) as error:
-            self.remove_unfinished()
-            raise UserError(f"cannot save {path}: {reason(error)}. Earlier saves are intact") from error
+            try:
+                if path != self.newest or not os.path.exists(path + _INDEX):
+                    unfinished = os.path.join(self.folder, ".unfinished")
+                    self.checkpoint.write(unfinished)
+                    read(unfinished)
+                    _name(unfinished, path, os.replace)
+                _name(path, os.path.join(self.folder, LAST), _link)
+            finally:
+                self.remove_unfinished()
         self.newest = path
         for old in numbered(self.folder)[self.keep :]:
             _remove(old)
         return path
-
-    def _point_last_at(self, path: str) -> None:
-        last = os.path.join(self.folder, LAST)
-        _remove(last)
-        for suffix in (_DATA, _INDEX):
-            try:
-                os.link(path + suffix, last + suffix)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path + suffix, last + suffix)
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
@@ -170,23 +145,21 @@ class Saver:
           CheckpointError: the checkpoint is of another network, or every one of them is damaged.
         """
         self.remove_unfinished(warn)
-        candidates, paths = [], all_checkpoints(self.folder)
+        paths, complete = all_checkpoints(self.folder), []
         for path in paths:
             try:
                 tensors = read(path)
-                candidates.append((saved_iteration(tensors, path), path, tensors))
+                complete.append((saved_iteration(tensors, path), path, tensors))
             except CheckpointError as error:
                 warn(f"{error}; falling back to an earlier one")
-        if not candidates:
+        if not complete:
             if paths:
                 raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
             return None
-        _, path, tensors = max(candidates)  # by iteration, then by path, which no two share
+        _, path, tensors = max(complete)  # by iteration, then by path, which no two share
         check_fits(tensors, self.shared, path)
         self.checkpoint.read(path).assert_consumed()
         self.newest = path
-        if path != os.path.join(self.folder, LAST):
-            self._point_last_at(path)  # killed before it did
         return path
 
     def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
@@ -222,30 +195,18 @@ def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
-    """Compare a checkpoint with a network before anything is changed.
-
-    Raises:
-      CheckpointError: names the first tensor that is missing or has another shape.
-    """
-    less_background = _INPUT in tensors
-    if less_background != bool(network.background):
-        raise CheckpointError(
-            f"{path} is of another network: its pixels are {'less' if less_background else 'with'} the background. "
-            "Was it trained with another --preset or --subtract_background?"
-        )
-    for kind, layer, variable in _parameters(network):
-        found = tensors.get(f"{kind}/{layer}{_KEY}")
-        if found is None:
-            raise CheckpointError(f"{path} is not a checkpoint of this network: it has no {layer} {kind}")
-        if layer == "policy" and found.shape[-1] != network.num_actions:
-            raise CheckpointError(
-                f"{path} is of a game with {found.shape[-1]} actions; this one has {network.num_actions}"
-            )
-        if found.shape != tuple(variable.shape):
-            raise CheckpointError(
-                f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}. "
-                "Was it trained with another --preset or --filters?"
-            )
+    """Raise CheckpointError where a checkpoint's weights are not those of a network, by name and shape."""
+    here = {name: variable.shape.as_list() for name, variable in _parameters(network).items()}
+    there = {
+        key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key.startswith(("weights/", "biases/"))
+    }
+    for name in {**here, **there}:
+        was, now = there.get(name), here.get(name)
+        if was != now and name == "weights/policy" and was and now:
+            raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
+        if was != now:
+            why = "Was it trained with another --preset, --filters or --subtract_background?"
+            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
@@ -258,16 +219,13 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
     network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(_INPUT, 0)))
     check_fits(tensors, network, path)
-    for kind, layer, variable in _parameters(network):
-        variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
+    for name, variable in _parameters(network).items():
+        variable.assign(tensors[name + _KEY])
     return network, saved_iteration(tensors, path)
 
 
-def _parameters(network: ActorCritic) -> Iterator[tuple[str, str, tf.Variable]]:
-    """Yield kind, layer and variable of each parameter; the first two make its name in a checkpoint."""
-    for kind, variables in (("weights", network.weights), ("biases", network.biases)):
-        for layer, variable in variables.items():
-            yield kind, layer, variable
+def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
+    return {f"{kind}/{layer}": v for kind in ("weights", "biases") for layer, v in getattr(network, kind).items()}
 
 
 def resolve(path: str) -> str:
@@ -282,13 +240,11 @@ def resolve(path: str) -> str:
         path = path.removesuffix(suffix)
     if os.path.exists(path + _INDEX):
         return path
-    if os.path.isdir(path):
-        found = all_checkpoints(path)
-        if found:
-            return found[0]
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    there = ", ".join(all_checkpoints(folder)) or "no checkpoint there"
-    raise CheckpointError(f"no checkpoint {path}. In {folder}: {there}")
+    found = all_checkpoints(folder)
+    if found and folder == path:
+        return found[0]
+    raise CheckpointError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
 
 
 def all_checkpoints(folder: str) -> list[str]:
@@ -308,6 +264,20 @@ def numbered(folder: str) -> list[str]:
     found = glob.glob(os.path.join(glob.escape(folder), f"model.ckpt-*{_INDEX}"))
     paths = [name.removesuffix(_INDEX) for name in found if name.removesuffix(_INDEX).rpartition("-")[2].isdecimal()]
     return sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
+
+
+def _name(path: str, new: str, function: Callable[[str, str], None]) -> None:
+    """Give a checkpoint another name; who is killed meanwhile leaves none of that name rather than a damaged one."""
+    _remove(new)
+    for suffix in (_DATA, _INDEX):
+        function(path + suffix, new + suffix)
+
+
+def _link(old: str, new: str) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(old, new)
 
 
 def _remove(path: str) -> None:

@@ -24,14 +24,11 @@ class Groups:
     Args:
       config: `a3c.Config`.
       shared, progress: what the groups train and count.
-      saver: saves both, every `save_period` updates or `save_minutes`, and at the end.
-      report: shows both.
-      signals: numbers of the signals that have asked the run to end, to which a handler adds.
+      saver, report: save and show both.
+      signals: numbers of the signals that have asked the run to end; a handler adds to it.
     """
 
-    def __init__(
-        self, config, shared: SharedNetwork, progress: Progress, saver: Saver, report: Report, signals: list[int]
-    ):
+    def __init__(self, config, shared: SharedNetwork, progress: Progress, saver: Saver, report: Report, signals: list):
         self.config, self.shared, self.progress, self.saver, self.report = config, shared, progress, saver, report
         self.signals = signals
         self.coordinator = tf.train.Coordinator()
@@ -44,8 +41,7 @@ class Groups:
 
         Raises:
           GroupFailure: an exception in a thread; TimeoutError: a group stalled. All have been stopped.
-          UserError: the report cannot be written.
-          UserError, FloatingPointError, CheckpointError: the last save failed; see `Saver.save`.
+          UserError, FloatingPointError, CheckpointError: the report or the last save failed; see `Saver.save`.
         """
         try:
             self._start(game, device, started)
@@ -63,12 +59,12 @@ class Groups:
         for index in range(config.num_threads):
             if self._watch(0):
                 return
-            self.agents.append(GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update))
-        for agent in self.agents:
-            thread = threading.Thread(
-                target=agent.run, args=(self.coordinator, device), name=f"group {agent.index}", daemon=True
+            agent = GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update)
+            self.agents.append(agent)
+            self.threads.append(
+                threading.Thread(target=agent.run, args=[self.coordinator, device], name=f"group {index}", daemon=True)
             )
-            self.threads.append(thread)
+        for thread in self.threads:
             thread.start()
         for learning in range(config.num_threads):
             tqdm.write(f"building games: {learning} of {config.num_threads} groups learn")
@@ -81,20 +77,17 @@ class Groups:
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
         self.report.add(losses)
-        now = time.monotonic()
-        if (
-            self.progress.iteration % self.config.save_period == 0
-            or now > self.saved_at + 60 * self.config.save_minutes
-        ):
+        now, config = time.monotonic(), self.config
+        if self.progress.iteration % config.save_period == 0 or now > self.saved_at + 60 * config.save_minutes:
             self.saving = threading.current_thread().name, now
             self.saver.save()
             self.saving, self.saved_at = None, now
 
     def _watch(self, seconds: float) -> bool:
-        """Wait for up to `seconds`; return whether it is time to stop.
+        """Report for up to `seconds`; return whether it is time to stop.
 
         Raises:
-          TimeoutError: a group stalls; UserError: the report cannot be written.
+          TimeoutError: a group stalls. UserError: the report cannot be written.
         """
         end = time.monotonic() + seconds
         while not (self.signals or self.coordinator.should_stop()) and (before := time.monotonic()) < end:
@@ -118,22 +111,18 @@ class Groups:
             raise TimeoutError(f"{name} has not taken a step for {limit:.0f} s")
 
     def _stop(self) -> None:
-        """Stop all threads and save under `last.ckpt` whatever happened; only then speak; raise what went wrong."""
+        """Stop all threads and save whatever happened; only then speak. Raises what went wrong in a thread."""
         self.coordinator.request_stop()
         try:
             self.coordinator.join(self.threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
         finally:
             try:
-                self._save_last()
+                if not self.progress.lock.acquire(timeout=SAVE_GRACE):
+                    raise TimeoutError("a thread keeps the network locked; the checkpoint before this stays")
+                try:
+                    self.saver.save()
+                finally:
+                    self.progress.lock.release()
             finally:
                 self.report.close()
             print("saved " + os.path.join(self.config.log_dir, LAST))
-
-    def _save_last(self) -> None:
-        """Save. Raises TimeoutError where a stalled thread keeps the lock."""
-        if not self.progress.lock.acquire(timeout=SAVE_GRACE):
-            raise TimeoutError("a thread that does not stop keeps the network locked; the checkpoint before this stays")
-        try:
-            self.saver.save()
-        finally:
-            self.progress.lock.release()

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from network import Losses
-from startup import Background, UserError, reason, tf
+from startup import Background, UserError, refusing, tf
 
 # Columns of progress.csv -> tags of TensorBoard: the original's seven, so that old and new runs overlay, and two more.
 # Averages and rates are over the `summary_period` updates up to the row; scores are raw, the last whole game of each
@@ -37,12 +37,9 @@ class _Bar(tqdm):
 
 
 class Report:
-    """Reports one run. Files are written in the background: training does not notice where that fails or waits.
+    """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
 
-    The groups' threads call `add`, the main thread everything else.
-
-    Raises:
-      UserError: a file in the log folder cannot be written.
+    The groups' threads call `add`, the main thread everything else. Raises UserError if a file cannot be written.
     """
 
     def __init__(self, config, progress, check_folder=lambda: None):
@@ -50,7 +47,8 @@ class Report:
         self.losses = []  # since the last row
         self.first_update = None  # when
         self.row_time, self.row_steps = None, 0  # of the last row
-        with self._writing():
+        self.refusal = f"cannot write the report in {config.log_dir}"
+        with refusing(self.refusal):
             path = os.path.join(config.log_dir, "progress.csv")
             rows = _cut_off(path, progress.iteration)
             self.csv_file = open(path, "a", newline="")  # noqa: SIM115
@@ -113,7 +111,7 @@ class Report:
         self.bar.close()
 
     def _write_row(self, row: dict) -> None:
-        with self._writing():
+        with refusing(self.refusal):
             cells = {k: x if isinstance(x, int) else f"{x:.6g}" if abs(x) < 1e5 else f"{x:.2f}" for k, x in row.items()}
             csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
             self.csv_file.flush()
@@ -132,23 +130,15 @@ class Report:
                     tf.summary.scalar(tag, value)
         self.curves[axis].flush()
 
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except (OSError, tf.errors.OpError) as error:
-            raise UserError(f"cannot write the report in {self.config.log_dir}: {reason(error)}") from error
-
 
 def _cut_off(path: str, iteration: int) -> list[dict]:
     """Drop a file's rows after `iteration`, because the run goes on from there; return those that stay."""
     rows = []
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            try:
-                rows = [r for r in csv.DictReader(file) if r["steps_per_second"] and int(r["iteration"]) <= iteration]
-            except (KeyError, ValueError) as error:
-                raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
+    try:
+        with contextlib.suppress(FileNotFoundError), open(path, newline="") as file:
+            rows = [r for r in csv.DictReader(file) if r["steps_per_second"] and int(r["iteration"]) <= iteration]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
     with open(path + ".new", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -162,10 +152,7 @@ def _forget_from(step: int, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
         unfinished = os.path.join(folder, ".unfinished.events")
-        with (
-            tf.io.TFRecordWriter(unfinished) as file,
-            contextlib.suppress(tf.errors.DataLossError),
-        ):  # cut off by a kill
+        with tf.io.TFRecordWriter(unfinished) as file, contextlib.suppress(tf.errors.DataLossError):  # killed in it
             for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
                 event = tf.compat.v1.Event.FromString(record)
                 if event.step < step or not event.HasField("summary"):

@@ -9,6 +9,7 @@ import queue
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,11 @@ for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
         setattr(sys, _name, open(os.devnull, "r" if _name == "stdin" else "w"))  # noqa: SIM115
 
-# Package -> the oldest version that works.
-REQUIRED = dict(
-    re.findall(r"^([\w-]+)>=([\d.]+)", Path(__file__).with_name("requirements.txt").read_text(), re.MULTILINE)
-)
-# Ctrl-C, `kill`, a closed window or a dropped ssh, time over, a batch system's warning of that, Ctrl-\\.
+_requirements = Path(__file__).with_name("requirements.txt").read_text()
+REQUIRED = dict(re.findall(r"(?m)^([\w-]+)>=([\d.]+)", _requirements))  # package -> the oldest version that works
+# Ctrl-C; kill; a closed window; time is over, or soon (batch systems); Ctrl-\\. Windows has the first two.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGQUIT")
-LAST_WORDS = 1.0  # seconds that stdout and stderr get in the end for what they have not taken yet
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
 
 class UserError(ValueError):
@@ -79,6 +78,10 @@ def __getattr__(name: str):
     global tf
     if name != "tf":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # a read-only system: TensorFlow asks for a name and writes nothing
+        tempfile.tempdir = os.curdir
     with _quiet_stderr():  # the import prints a dozen lines before any log level applies
         import tensorflow as tf
     tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
@@ -86,25 +89,19 @@ def __getattr__(name: str):
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, by its CPU mask and by the quotas of its control groups."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *_cpu_quotas()])
-
-
-def _cpu_quotas() -> Iterator[int]:
-    """Yield how many cores, rounded up, each of Linux' control groups around this process grants."""
+    """Return how many cores this process may use, by its CPU mask and the quotas of Linux' control groups around it."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)  # of version 1 or 2
+        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
         if controllers in ("", "cpu") or controllers.startswith("cpu,"):
-            # Version 2 of control groups has no list of controllers. Inside a container `group` may not be there.
-            folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-            for place in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # not there; no limit is "max"
+            for place in (folder, *folder.parents):  # inside a container the folder itself may not be there
+                with contextlib.suppress(OSError, ValueError):  # no file, or "max"
                     quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
-                    if quota > 0:  # no limit is -1
-                        yield math.ceil(quota / period)
+                    cores.append(math.ceil(quota / period) if quota > 0 else cores[0])  # without a limit it is -1
+    return min(cores)
 
 
 def choose_device(device: str, num_groups: int = 1) -> str:
@@ -137,8 +134,6 @@ def choose_device(device: str, num_groups: int = 1) -> str:
     except RuntimeError:
         print("TensorFlow was already at work in this process: its threads and GPUs stay as they were set up")
     visible = tf.config.get_visible_devices("GPU")
-    if not set(wanted) <= set(visible):
-        raise UserError(f"device = {device!r}: this process has been set up for another. Use a new process")
     return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
 
 
@@ -146,8 +141,7 @@ class Background:
     """A thread that does jobs in their order: one that fails or blocks holds up nobody else."""
 
     def __init__(self):
-        self.jobs = queue.SimpleQueue()
-        self.failure = None  # of the first job that failed
+        self.jobs, self.failure = queue.SimpleQueue(), None  # and the exception of the first that failed
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -158,14 +152,14 @@ class Background:
             except Exception as error:
                 self.failure = self.failure or error
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = 1.0) -> None:
         """Let it do what is left, for so long at most."""
         self.jobs.put(None)
         self.thread.join(seconds)
 
 
 class _Output:
-    """A text stream in which a print never fails and never waits."""
+    """A text stream for which a print neither fails nor waits."""
 
     def __init__(self, stream: TextIO, background: Background):
         self.stream, self.background = stream, background
@@ -174,14 +168,9 @@ class _Output:
         return getattr(self.stream, name)  # isatty, encoding, fileno
 
     def write(self, text: str) -> int:
-        if self.background.jobs.qsize() < 10_000:  # else nobody reads: the rest is dropped
-            self.background.jobs.put(lambda: self._write(text))
+        if self.background.jobs.qsize() < 10_000:  # else nobody reads, and the rest is dropped
+            self.background.jobs.put(lambda: (self.stream.write(text), self.stream.flush()))
         return len(text)
-
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self.stream.flush()
 
     def flush(self) -> None:
         """Do nothing: each text is flushed."""
@@ -190,21 +179,12 @@ class _Output:
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
     """Let the block print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk."""
-    try:
-        one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    except (AttributeError, OSError, ValueError):  # no files, as in a notebook
-        one_place = True
-    out = Background()
-    err = out if one_place else Background()  # one keeps the order
     with (
-        contextlib.redirect_stdout(_Output(sys.stdout, out)),
-        contextlib.redirect_stderr(_Output(sys.stderr, err)),
+        contextlib.closing(Background()) as background,  # one for both, because it keeps the order
+        contextlib.redirect_stdout(_Output(sys.stdout, background)),
+        contextlib.redirect_stderr(_Output(sys.stderr, background)),
     ):
-        try:
-            yield
-        finally:
-            out.close(LAST_WORDS)
-            err.close(LAST_WORDS)
+        yield
 
 
 @contextlib.contextmanager
@@ -215,8 +195,8 @@ def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name, None) for name in STOP_SIGNALS):  # Windows lacks most
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
                 before[number] = signal.signal(number, lambda number, _: handle(number))
     try:
         yield
