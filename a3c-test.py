@@ -76,7 +76,7 @@ def open_video(path: str, height: int, width: int, frames_per_second: Fraction) 
     """Yield a function that adds an RGB screen [H, W, 3] uint8 to an H.264 file, which is written as it goes.
 
     Raises:
-      UserError: the file cannot be opened, or this build of PyAV has no H.264 encoder.
+      UserError: the file cannot be written, or this build of PyAV has no H.264 encoder.
     """
     if "libx264" not in av.codecs_available:
         raise UserError("no H.264 encoder in PyAV: pip install --upgrade --only-binary=:all: av, or give --film 0")
@@ -90,12 +90,16 @@ def open_video(path: str, height: int, width: int, frames_per_second: Fraction) 
         stream.height, stream.width = height * VIDEO_SCALE, width * VIDEO_SCALE
         stream.pix_fmt = "yuv420p"  # what browsers show
 
+        def write(frame: av.VideoFrame | None = None) -> None:
+            with refusing(f"cannot write {path!r}"):
+                container.mux(stream.encode(frame))
+
         def add(screen: np.ndarray) -> None:
             screen = screen.repeat(VIDEO_SCALE, axis=0).repeat(VIDEO_SCALE, axis=1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(screen, format="rgb24")))
+            write(av.VideoFrame.from_ndarray(screen, format="rgb24"))
 
         yield add
-        container.mux(stream.encode())
+        write()
 
 
 def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.random.Generator) -> int:

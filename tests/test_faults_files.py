@@ -350,7 +350,7 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.row(n=26)
 @pytest.mark.row(n=33)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
 def test_games_played_until_a_signal_are_in_the_results(tmp_path, number):
     with watching_process(tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: (tmp_path / "play.mp4").exists())
