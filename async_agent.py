@@ -170,6 +170,8 @@ class GroupAgent:
                 action = draw_action(logit, seed + [0, step])
                 frame, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, frame, done)
+                if config.reward_clip is not None:
+                    reward = tf.clip_by_value(reward, -config.reward_clip, config.reward_clip)
                 logits.append(logit)
                 values.append(value)
                 actions.append(action)
@@ -212,13 +214,13 @@ class GroupAgent:
         """Take one step in each game and keep the scores.
 
         Returns:
-          The frames [B, 84, 84] uint8, the rewards to learn from [B] float32, whether the games are over [B] bool, and
+          The frames [B, 84, 84] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
           whether returns end here [B] bool: with a game, or with a life.
 
         Raises:
           FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
         """
-        if not np.all((action >= 0) & (action < self.shared.num_actions)):  # would hang the native environments
+        if action.min() < 0 or action.max() >= self.shared.num_actions:  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
         frame, reward, terminated, truncated, info = self.envs.step(action)
         done = terminated | truncated
@@ -236,6 +238,4 @@ class GroupAgent:
             return_ends = done | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
 
-        clip = self.config.reward_clip
-        reward = np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32)
-        return frame[:, -1], reward, done, return_ends
+        return frame[:, -1], np.asarray(reward, np.float32), done, return_ends
