@@ -130,9 +130,10 @@ def read_rows(path: str) -> list[dict]:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt: `with` blocks then end children."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    """Let SIGINT, SIGTERM and SIGHUP raise SystemExit, so that `with` blocks end their children; not if ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def processor() -> str:

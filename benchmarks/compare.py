@@ -133,5 +133,3 @@ if __name__ == "__main__":
         main()
     except (OSError, RuntimeError, TimeoutError, ValueError) as error:
         sys.exit(f"compare.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
