@@ -117,6 +117,7 @@ def play_game(
       The raw score, and what it was at each loss of a life; nothing where the game has no lives.
     """
     rng = np.random.default_rng(seed)
+    look = tf.function(network, autograph=False)
     screen, info = env.reset(seed=seed)
     history, same_game, score, ended = empty_history(1), np.array([False]), 0.0, False
     lives, lost_at = info["lives"], []
@@ -124,7 +125,7 @@ def play_game(
         if film:
             film(env.unwrapped.ale.getScreenRGB())
         history = push_frame(history, preprocess(screen)[None], same_game)
-        logits, _, _ = network.act(history, np.zeros(2, np.int32))
+        logits, _ = look(history)
         action = choose_action(logits[0].numpy(), policy, epsilon, rng)
         screen, reward, terminated, truncated, info = env.step(action)
         score, ended = score + float(reward), terminated or truncated

@@ -66,7 +66,7 @@ class Config:
     subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
     filters: int = 32  # of the first convolution; the second has twice as many
 
-    compute_dtype: str = "float32"  # of the threads' copies; bfloat16 is faster where the CPU has AMX or AVX512-BF16
+    compute_dtype: str = "auto"  # of the threads' copies: float32, bfloat16, or bfloat16 where the CPU is fast at it
 
     save_period: int = 20_000  # updates between checkpoints; the newest three are kept
     summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
@@ -77,8 +77,8 @@ class Config:
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: must be float32 or bfloat16")
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: must be auto, float32 or bfloat16")
         if any(character in self.log_dir for character in "*?[]\\\0"):  # TensorFlow takes the path as a pattern
             raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
         self.log_dir = self.log_dir or os.path.join("log", self.game)
@@ -193,10 +193,11 @@ def train(config: Config) -> int:
     """
     game, device = game_and_device(config)
     with checkpoint.run_folder(config.log_dir), tf.device(device):
-        shared = make_network(config, game)
+        shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress)
-        print(f"{game.describe()}. Training on {device.strip('/')}, into {config.log_dir}", flush=True)
+        where = f"{device.strip('/')} in {shared.copies_dtype}"
+        print(f"{game.describe()}. Training on {where}, into {config.log_dir}", flush=True)
         resumed = saver.resume(warn=print)
         _note_config(config, resuming=resumed is not None)
         if resumed:
@@ -211,14 +212,20 @@ def train(config: Config) -> int:
 
 def game_and_device(config: Config) -> tuple[Game, str]:
     """Return the game to play and the TensorFlow device to compute on; raises ValueError where there is none such."""
-    return find_game(config.game, config.frameskip, config.random_frameskip), startup.choose_device(config.device, config.num_threads)
+    game = find_game(config.game, config.frameskip, config.random_frameskip)
+    return game, startup.choose_device(config.device, config.num_threads)
 
 
-def make_network(config: Config, game: Game) -> SharedNetwork:
+def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     """Return the network to train, with its initial weights."""
-    background = game.background if config.subtract_background else 0
     return SharedNetwork(
-        game.num_actions, config.decay, config.random_seed, config.rmsprop_epsilon, config.filters, background
+        game.num_actions,
+        config.decay,
+        config.random_seed,
+        config.rmsprop_epsilon,
+        config.filters,
+        game.background if config.subtract_background else 0,
+        startup.choose_dtype(config.compute_dtype, device),
     )
 
 

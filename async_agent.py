@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 
 from environment import FRAME_SIZE, empty_history, push_frame
-from network import ActorCritic, Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
+from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import tf
 
 
@@ -92,9 +92,7 @@ class GroupAgent:
     ):
         self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
         self.on_update = on_update
-        # This thread's copy.
-        self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters, shared.background)
-        self.network.copy_from(shared)
+        self.network = shared.make_copy()
         self.envs = None
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
@@ -143,8 +141,10 @@ class GroupAgent:
         entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
         try:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
-        except tf.errors.OpError as error:
-            raise self.failure or error  # not TensorFlow's account of it
+        except tf.errors.OpError:
+            if self.failure:
+                raise self.failure from None  # itself, not TensorFlow's account of it
+            raise
         losses = Losses(*map(float, losses.numpy()))
         if not np.all(np.isfinite(losses)):
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
@@ -167,7 +167,7 @@ class GroupAgent:
         with tf.GradientTape() as tape:
             for step in range(config.unroll_step):
                 logit, value = network(history)
-                action = draw_action(logit, seed + [0, step])
+                action = draw_action(logit, tf.stack([seed[0], seed[1] + step]))
                 frame, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, frame, done)
                 if config.reward_clip is not None:

@@ -51,12 +51,15 @@ class ActorCritic(tf.Module):
         x = tf.cast(history_to_frames(history), self.compute_dtype)
         x = x + self.biases["input"] if self.background else x
         w, b = self.weights, self.biases
-        x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
-        x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
+        # oneDNN computes the gradient of `bias_add` along with that of the convolution. But in bfloat16, wherever that
+        # does not happen, it is summed in bfloat16, and half of it is lost.
+        add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
-        x = tf.nn.relu(tf.nn.bias_add(x @ w["hidden"], b["hidden"]))  # [B, 256]
-        logits = tf.nn.bias_add(x @ w["policy"], b["policy"])
-        value = tf.nn.bias_add(x @ w["value"], b["value"])
+        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, 256]
+        logits = x @ w["policy"] + b["policy"]
+        value = x @ w["value"] + b["value"]
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
 
     def copy_from(self, other: "ActorCritic"):
@@ -158,12 +161,19 @@ class SharedNetwork(ActorCritic):
         epsilon: float = 1e-10,
         filters: int = 32,
         background: int = 0,
+        copies_dtype: str = "float32",
     ):
         super().__init__(num_actions, seed, filters=filters, background=background)
-        self.decay, self.epsilon = decay, epsilon
+        self.decay, self.epsilon, self.filters, self.copies_dtype = decay, epsilon, filters, copies_dtype
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
         self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
+
+    def make_copy(self) -> ActorCritic:
+        """Return a network for a thread: equal, but computing in `copies_dtype`."""
+        copy = ActorCritic(self.num_actions, 0, self.copies_dtype, self.filters, self.background)
+        copy.copy_from(self)
+        return copy
 
     def apply_gradients(self, gradients, learning_rate):
         """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""

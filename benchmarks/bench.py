@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, config: a3c.Config, game: Game, device: str, log_dir: str):
         self.config, self.device = dataclasses.replace(config, log_dir=log_dir), device
         self.progress = Progress(config.num_threads, config.agents_per_thread)
-        shared = a3c.make_network(config, game)
+        shared = a3c.make_network(config, game, device)
         self.times = []  # of updates
 
         def agents(all_envs):

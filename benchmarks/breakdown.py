@@ -46,7 +46,7 @@ NAMES = {
 }
 
 
-def make_agent(config: a3c.Config, game) -> async_agent.GroupAgent:
+def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
     """Return the only group, its operations named by part, its games on one core and timed as "environments"."""
 
     def named(part, function):
@@ -67,7 +67,7 @@ def make_agent(config: a3c.Config, game) -> async_agent.GroupAgent:
     with contextlib.ExitStack() as patches:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
-        shared, progress = a3c.make_network(config, game), async_agent.Progress(1, config.agents_per_thread)
+        shared, progress = a3c.make_network(config, game, device), async_agent.Progress(1, config.agents_per_thread)
         agent = async_agent.GroupAgent(0, None, shared, progress, config, lambda losses: None)
     agent.envs = envs
     agent.reset()
@@ -113,7 +113,7 @@ def main() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)  # one operation at a time, so that their times add up
     tf.config.threading.set_intra_op_parallelism_threads(1)
     with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
-        agent = make_agent(config, game)
+        agent = make_agent(config, game, device)
         for _ in range(WARM_UP_UPDATES):
             agent.iterate()
         alone, updates_alone = run(agent, arguments.seconds)
