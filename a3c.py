@@ -73,7 +73,7 @@ class Config:
     subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
     filters: int = 32  # of the first convolution; the second has twice as many
 
-    compute_dtype: str = "float32"  # of the threads' copies; bfloat16 is faster where the CPU has AMX or AVX512-BF16
+    compute_dtype: str = "auto"  # of the threads' copies: float32, bfloat16, or bfloat16 where the CPU is fast at it
 
     save_period: int = 20_000  # updates between checkpoints; the newest three are kept
     save_minutes: float = 10.0  # most minutes between checkpoints, whatever save_period
@@ -85,8 +85,8 @@ class Config:
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"compute_dtype = {self.compute_dtype!r}: must be float32 or bfloat16")
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"compute_dtype = {self.compute_dtype!r}: must be auto, float32 or bfloat16")
         checkpoint.check_path("log_dir", self.log_dir)
 
     @property
@@ -223,10 +223,11 @@ def _train(config: Config, signals: list[int]) -> int:
     config = dataclasses.replace(config, log_dir=config.folder)
     game, device = game_and_device(config)
     with checkpoint.run_folder(config.log_dir) as check, tf.device(device):
-        shared = make_network(config, game)
+        shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)
-        print(f"{game.describe()}. Training on {device.strip('/')}, into {config.log_dir}", flush=True)
+        where = f"{device.strip('/')} in {shared.copies_dtype}"
+        print(f"{game.describe()}. Training on {where}, into {config.log_dir}", flush=True)
         resumed = saver.resume(warn=print)
         _note_config(config, progress, resuming=resumed is not None)
         if resumed:
@@ -245,11 +246,16 @@ def game_and_device(config: Config) -> tuple[Game, str]:
     return find_game(config.game, *frames), startup.choose_device(config.device, config.num_threads)
 
 
-def make_network(config: Config, game: Game) -> SharedNetwork:
+def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     """Return the network to train, with its initial weights."""
-    background = game.background if config.subtract_background else 0
     return SharedNetwork(
-        game.num_actions, config.decay, config.random_seed, config.rmsprop_epsilon, config.filters, background
+        game.num_actions,
+        config.decay,
+        config.random_seed,
+        config.rmsprop_epsilon,
+        config.filters,
+        game.background if config.subtract_background else 0,
+        startup.choose_dtype(config.compute_dtype, device),
     )
 
 

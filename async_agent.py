@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 
 from environment import FRAME_SIZE, empty_history, push_frame
-from network import ActorCritic, Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
+from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import UserError, tf
 
 
@@ -92,8 +92,7 @@ class GroupAgent:
     ):
         self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
         self.on_update = on_update
-        # This thread's copy.
-        self.network = ActorCritic(shared.num_actions, 0, config.compute_dtype, config.filters, shared.background)
+        self.network = shared.make_copy()
         self.envs = None
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
@@ -148,8 +147,10 @@ class GroupAgent:
         entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
         try:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
-        except tf.errors.OpError as error:
-            raise self.failure or error  # not TensorFlow's account of it
+        except tf.errors.OpError:
+            if self.failure:
+                raise self.failure from None  # itself, not TensorFlow's account of it
+            raise
         losses = Losses(*map(float, losses.numpy()))
         if not np.all(np.isfinite(losses)):
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
@@ -172,9 +173,11 @@ class GroupAgent:
         with tf.GradientTape() as tape:
             for step in range(config.unroll_step):
                 logit, value = network(history)
-                action = draw_action(logit, seed + [0, step])
+                action = draw_action(logit, tf.stack([seed[0], seed[1] + step]))
                 frame, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, frame, done)
+                if config.reward_clip is not None:
+                    reward = tf.clip_by_value(reward, -config.reward_clip, config.reward_clip)
                 logits.append(logit)
                 values.append(value)
                 actions.append(action)
@@ -217,13 +220,13 @@ class GroupAgent:
         """Take one step in each game and keep the scores.
 
         Returns:
-          The frames [B, 84, 84] uint8, the rewards to learn from [B] float32, whether the games are over [B] bool, and
+          The frames [B, 84, 84] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
           whether returns end here [B] bool: with a game, or with a life.
 
         Raises:
           FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
         """
-        if not np.all((action >= 0) & (action < self.shared.num_actions)):  # would hang the native environments
+        if action.min() < 0 or action.max() >= self.shared.num_actions:  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
         frame, reward, terminated, truncated, info = self.envs.step(action)
         done = terminated | truncated
@@ -241,6 +244,4 @@ class GroupAgent:
             return_ends = done | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
 
-        clip = self.config.reward_clip
-        reward = np.asarray(reward if clip is None else np.clip(reward, -clip, clip), np.float32)
-        return frame[:, -1], reward, done, return_ends
+        return frame[:, -1], np.asarray(reward, np.float32), done, return_ends

@@ -236,12 +236,12 @@ def empty_history(num_envs: int) -> tf.Tensor:
     return tf.zeros([num_envs, FRAME_SIZE, FRAME_SIZE], tf.uint32)
 
 
-def push_frame(history: tf.Tensor, frame: tf.Tensor, done: tf.Tensor) -> tf.Tensor:
-    """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied first where `done` [B] bool.
+def push_frame(history: tf.Tensor, frame: tf.Tensor, is_first: tf.Tensor) -> tf.Tensor:
+    """Shift `frame` [B, 84, 84] uint8 into `history` [B, 84, 84] uint32, emptied before where `is_first` [B] bool.
 
-    `done` says that `frame` is the first of a new game.
+    `is_first` says that `frame` is the first of a new game.
     """
-    kept = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32)) * tf.cast(~done, tf.uint32)[:, None, None]
+    kept = tf.bitwise.right_shift(history, tf.constant(8, tf.uint32)) * tf.cast(~is_first, tf.uint32)[:, None, None]
     return kept + tf.cast(frame, tf.uint32) * tf.constant(2**24, tf.uint32)
 
 

@@ -50,12 +50,16 @@ class ActorCritic(tf.Module):
         """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels are 0..255."""
         x = tf.cast(history_to_frames(history), self.compute_dtype)
         x = x + self.biases["input"] if self.background else x
-        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv1"], 4, "SAME") + self.biases["conv1"])  # [B, 21, 21, F]
-        x = tf.nn.relu(tf.nn.conv2d(x, self.weights["conv2"], 2, "SAME") + self.biases["conv2"])  # [B, 11, 11, 2F]
+        w, b = self.weights, self.biases
+        # oneDNN computes the gradient of `bias_add` along with that of the convolution. But in bfloat16, wherever that
+        # does not happen, it is summed in bfloat16, and half of it is lost.
+        add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
-        x = tf.nn.relu(x @ self.weights["hidden"] + self.biases["hidden"])  # [B, 256]
-        logits = x @ self.weights["policy"] + self.biases["policy"]
-        value = x @ self.weights["value"] + self.biases["value"]
+        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, 256]
+        logits = x @ w["policy"] + b["policy"]
+        value = x @ w["value"] + b["value"]
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
 
     def copy_from(self, other: "ActorCritic"):
@@ -125,25 +129,21 @@ def a3c_loss(logits, values, actions, returns, entropy_beta: float, value_weight
     return policy + value_weight * value - entropy_beta * entropy, (policy, value, entropy)
 
 
-def clip_by_average_norm(gradient: tf.Tensor, clip: float) -> tf.Tensor:
-    """Scale `gradient` down so that its L2 norm divided by its number of elements is at most `clip`."""
-    average_norm = tf.norm(gradient) / tf.cast(tf.size(gradient), gradient.dtype)
-    return gradient * (clip / tf.maximum(average_norm, clip))
-
-
 def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None, global_clip: float | None = None):
     """Return the gradients in float32, clipped, and their global norm before that.
 
-    Each is clipped by its own average norm to `clip`, and all together by their global norm to `global_clip`; None
-    turns a clip off.
+    Each is scaled down so that its average norm, its L2 norm divided by its number of elements, is at most `clip`;
+    then all together so that their global norm is at most `global_clip`. None turns a clip off.
     """
     gradients = [tf.cast(gradient, tf.float32) for gradient in gradients]
-    norm = tf.linalg.global_norm(gradients)
+    norms = tf.sqrt(2 * tf.stack([tf.nn.l2_loss(gradient) for gradient in gradients]))
+    scales = tf.ones_like(norms)
     if clip is not None:
-        gradients = [clip_by_average_norm(gradient, clip) for gradient in gradients]
+        average_norms = norms / [float(gradient.shape.num_elements()) for gradient in gradients]
+        scales = clip / tf.maximum(average_norms, clip)
     if global_clip is not None:
-        gradients, _ = tf.clip_by_global_norm(gradients, global_clip)
-    return gradients, norm
+        scales *= global_clip / tf.maximum(tf.norm(norms * scales), global_clip)
+    return [gradient * scale for gradient, scale in zip(gradients, tf.unstack(scales), strict=True)], tf.norm(norms)
 
 
 class SharedNetwork(ActorCritic):
@@ -161,12 +161,19 @@ class SharedNetwork(ActorCritic):
         epsilon: float = 1e-10,
         filters: int = 32,
         background: int = 0,
+        copies_dtype: str = "float32",
     ):
         super().__init__(num_actions, seed, filters=filters, background=background)
-        self.decay, self.epsilon = decay, epsilon
+        self.decay, self.epsilon, self.filters, self.copies_dtype = decay, epsilon, filters, copies_dtype
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
         self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
+
+    def make_copy(self) -> ActorCritic:
+        """Return a network for a thread: equal, but computing in `copies_dtype`."""
+        copy = ActorCritic(self.num_actions, 0, self.copies_dtype, self.filters, self.background)
+        copy.copy_from(self)
+        return copy
 
     def apply_gradients(self, gradients, learning_rate):
         """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""

@@ -215,6 +215,16 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
+def choose_dtype(compute_dtype: str, device: str) -> str:
+    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
+        if "CPU" in device and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpuinfo.read()):
+            return "bfloat16"
+    return "float32"
+
+
 def reason(error: Exception) -> str:
     """Return in one line why the system or TensorFlow refused something."""
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)

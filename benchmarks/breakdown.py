@@ -1,82 +1,132 @@
 """Where the time of an update goes: `python -m benchmarks.breakdown`, with any flag of `a3c.py`.
 
-One group, one thread, nothing else at work: the real `GroupAgent.iterate`, with a stopwatch around each part. On a GPU,
-which computes while Python goes on, a part also waits for what the parts before it began. On a CPU,
-`ONEDNN_VERBOSE=1 python -m benchmarks.breakdown` also splits the network by kernel, summed from what oneDNN,
-TensorFlow's library of convolutions and matrix products, prints about each call.
+One group on one core of a CPU, nothing else at work: the real `GroupAgent.iterate`, whose operations run one after the
+other here, each timed by TensorFlow's own profiler. While the graphs are traced, the names of the operations are made
+to begin with the part that they belong to. `ONEDNN_VERBOSE=1 python -m benchmarks.breakdown` also splits the network by
+kernel, summed from what oneDNN, TensorFlow's library of convolutions and matrix products, prints about each call.
 """
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages and sets TensorFlow up
 
 import collections
+import contextlib
+import glob
+import re
 import tempfile
 import time
 from unittest import mock
 
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
 import a3c
 import async_agent
-from bench import WARM_UP_UPDATES, Bench, hardware
+from benchmarks.bench import WARM_UP_UPDATES, endless
+from benchmarks.common import CORES, processor
+from environment import make_training_envs
+from network import ActorCritic, SharedNetwork
 from startup import tf
 
+# Part -> what is traced into it.
+PARTS = {
+    "forward": (ActorCritic, "__call__"),
+    "actions": (async_agent, "draw_action"),
+    "history": (async_agent, "push_frame"),
+    "returns": (async_agent, "n_step_returns"),
+    "loss": (async_agent, "a3c_loss"),
+    "clip": (async_agent, "clip_gradients"),
+    "RMSProp": (SharedNetwork, "apply_gradients"),
+    "copy": (ActorCritic, "copy_from"),
+}
+# What the name of an operation begins with -> part.
+NAMES = {
+    **{part: part for part in (*PARTS, "environments")},
+    "gradient_tape": "backward",
+    "AddN": "backward",  # of the gradients of the steps
+    "PyFunc": "Python around the games",
+}
 
-def breakdown(bench: Bench, seconds: float) -> tuple[dict[str, float], int]:
-    """Run the only group of `bench` for so long; return the seconds that went into each part, and the updates."""
-    spent = collections.Counter()
 
-    def timed(part, function):
+def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
+    """Return the only group, its operations named by part, its games on one core and timed as "environments"."""
+
+    def named(part, function):
         def call(*arguments, **options):
-            start = time.perf_counter()
-            result = function(*arguments, **options)
-            spent[part] += time.perf_counter() - start
-            return result
+            with tf.name_scope(part):
+                return function(*arguments, **options)
 
         return call
 
-    agent = bench.training_agents[0]
-    agent.on_update = lambda losses: None
-    agent.envs.step = timed("environments", agent.envs.step)
-    agent.network.act = timed("forward", agent.network.act)
-    agent.network.predict_value = timed("forward, bootstrap", agent.network.predict_value)
-    agent.network.copy_from = timed("copy of the weights", agent.network.copy_from)
-    agent.shared.apply_gradients = timed("RMSProp", agent.shared.apply_gradients)
-    functions = {
-        "push_frame": "history",
-        "n_step_returns": "returns and loss",
-        "a3c_loss": "returns and loss",
-        "clip_gradients": "clip",
-    }
-    replaced = {name: timed(part, getattr(async_agent, name)) for name, part in functions.items()}
-    backward = timed("backward", tf.GradientTape.gradient)
-    with mock.patch.multiple(async_agent, **replaced), mock.patch.object(tf.GradientTape, "gradient", backward):
-        agent.reset()
-        for _ in range(WARM_UP_UPDATES):
-            agent.iterate()
-        spent.clear()
-        updates, start = 0, time.perf_counter()
-        while (whole := time.perf_counter() - start) < seconds:
-            agent.iterate()
-            updates += 1
-    spent["Python and the rest"] = whole - spent.total()
-    return dict(spent.most_common()), updates
+    envs = make_training_envs(game, config.agents_per_thread, CORES)
+    step = envs.step
+
+    def timed_step(actions):
+        with tf.profiler.experimental.Trace("environments:step"):
+            return step(actions)
+
+    envs.step = timed_step
+    with contextlib.ExitStack() as patches:
+        for part, (owner, name) in PARTS.items():
+            patches.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
+        shared, progress = a3c.make_network(config, game, device), async_agent.Progress(1, config.agents_per_thread)
+        agent = async_agent.GroupAgent(0, None, shared, progress, config, lambda losses: None)
+    agent.envs = envs
+    agent.reset()
+    return agent
+
+
+def run(agent: async_agent.GroupAgent, seconds: float) -> tuple[float, int]:
+    """Let the group learn for so long; return the seconds it took and its updates."""
+    updates, start = 0, time.perf_counter()
+    while (whole := time.perf_counter() - start) < seconds:
+        agent.iterate()
+        updates += 1
+    return whole, updates
+
+
+def seconds_by_part(log_dir: str) -> collections.Counter:
+    """Return the sums of the times of all operations in a profile."""
+    (path,) = glob.glob(f"{log_dir}/**/*.xplane.pb", recursive=True)
+    with open(path, "rb") as file:
+        planes = xplane_pb2.XSpace.FromString(file.read()).planes
+    spent = collections.Counter()
+    for plane in planes:
+        for event in (event for line in plane.lines for event in line.events):
+            name = plane.event_metadata[event.metadata_id].name
+            if found := re.match(r"(\w+?)(_\d+)?(/.*)?:\w+$", name):  # forward_2/Relu:_FusedConv2D
+                spent[NAMES.get(found[1], "rest of the graph")] += event.duration_ps / 1e12
+    spent["Python around the games"] -= spent["environments"]  # which are within
+    return spent
 
 
 def main() -> None:
     """Run the command line."""
     parser = a3c.config_parser(__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20, help="to measure for (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="to measure for (%(default)s)")
     arguments = parser.parse_args()
     if arguments.seconds <= 0:
         parser.error("--seconds must be above 0")
     arguments.num_threads = 1
-    config = a3c.config_from(parser, arguments)
+    config = endless(a3c.config_from(parser, arguments))
     game, device = a3c.game_and_device(config)
+    if "CPU" not in device:
+        parser.error(f"device = {config.device!r}: a GPU computes while others go on; only a CPU's time adds up")
+    tf.config.threading.set_inter_op_parallelism_threads(1)  # one operation at a time, so that their times add up
+    tf.config.threading.set_intra_op_parallelism_threads(1)
     with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
-        spent, updates = breakdown(Bench(config, game, device, log_dir), arguments.seconds)
-    whole = sum(spent.values())
+        agent = make_agent(config, game, device)
+        for _ in range(WARM_UP_UPDATES):
+            agent.iterate()
+        alone, updates_alone = run(agent, arguments.seconds)
+        tf.profiler.experimental.start(log_dir)
+        whole, updates = run(agent, arguments.seconds)
+        tf.profiler.experimental.stop()
+        spent = seconds_by_part(log_dir)
+    spent["between operations, and Python"] = whole - spent.total()
     size = f"{config.agents_per_thread} x {config.unroll_step} agent steps"
-    print(f"{hardware()}, {device.strip('/')}; {updates} updates of {size}")
-    for part, seconds in {**spent, "all": whole}.items():
-        print(f"{part:20} {1000 * seconds / updates:7.1f} ms  {100 * seconds / whole:5.1f} %")
+    print(f"{processor()}, one core; {updates} updates of {size}, {agent.network.compute_dtype.name}")
+    for part, seconds in (*spent.most_common(), ("all", whole)):
+        print(f"{part:30} {1000 * seconds / updates:7.1f} ms  {100 * seconds / whole:5.1f} %")
+    print(f"{'without the profiler':30} {1000 * alone / updates_alone:7.1f} ms")
 
 
 if __name__ == "__main__":

@@ -3,27 +3,28 @@
 Each line of the list is a name, a colon and flags of `a3c.py`. Every configuration is run with every seed, one run on
 each core at a time, until it has taken so many agent steps; then its row goes into `docs/experiments.csv`, also if it
 failed. What has a row of so many steps is not run again, and what was stopped half-way is resumed, so a search may take
-many sittings.
+many sittings. Each run has a folder of its own; runs of several seeds share nothing but their flags.
 Two runs on a core each screen faster than one after the other on both, but share memory and caches: compare by agent
-steps, and take minutes from `bench.py` with the same flags.
+steps, and take minutes from `benchmarks/bench.py` with the same flags.
 """
 
 import argparse
-import contextlib
 import csv
 import os
 import queue
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 from typing import NamedTuple
 
+from benchmarks.common import Child, read_rows
+
 MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
 COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
 WINDOW = 100_000  # agent steps up to a mark that a score is averaged over
+SAVE_GRACE = 120.0  # seconds that a run gets to save when it is stopped
 
 
 class Trial(NamedTuple):
@@ -48,24 +49,21 @@ def read_list(path: str) -> dict[str, str]:
     return found
 
 
-def read_rows(path: str) -> list[dict]:
-    """Return the rows of a CSV file, whole ones only; none if there is no file."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+def summary(rows: list[dict], steps: int = 0) -> dict:
+    """Return the cells that a run's `progress.csv` gives. Minutes are at its median speed: it may have been paused.
 
-
-def summary(rows: list[dict]) -> dict:
-    """Return the cells that a run's `progress.csv` gives. Minutes are at its median speed: it may have been paused."""
+    A run that has come to its end took `steps` agent steps: its last row may come less than a row's distance before.
+    """
     cells = dict.fromkeys(["agent_steps", "minutes", *MARKS], "")
-    if rows:
-        speed = statistics.median(float(row["steps_per_second"]) for row in rows)
-        cells["agent_steps"] = rows[-1]["agent_steps"]
-        cells["minutes"] = f"{int(rows[-1]['agent_steps']) / speed / 60:.1f}"
+    if not rows:
+        return cells
+    before, last = [0, *(int(row["agent_steps"]) for row in rows)][-2:]
+    reached = steps if last < steps < 2 * last - before else last
+    speed = statistics.median(float(row["steps_per_second"]) for row in rows)
+    cells |= {"agent_steps": reached, "minutes": f"{reached / speed / 60:.1f}"}
     for name, mark in MARKS.items():
         scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
-        if scores and int(rows[-1]["agent_steps"]) >= mark:
+        if scores and reached >= mark:
             cells[name] = f"{sum(scores) / len(scores):.1f}"
     return cells
 
@@ -73,28 +71,17 @@ def summary(rows: list[dict]) -> dict:
 def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event) -> dict | None:
     """Train on one core until `steps`; return the trial's row, or None where `stop` came first."""
     os.makedirs(log_dir, exist_ok=True)
-    progress = os.path.join(log_dir, "progress.csv")
-    flags = [*shlex.split(trial.flags), f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
-    with open(os.path.join(log_dir, "output.txt"), "a") as output:
-        process = subprocess.Popen(
-            ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags], stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            while process.poll() is None and not stop.wait(2):
-                rows = read_rows(progress)
-                if rows and int(rows[-1]["agent_steps"]) >= steps:
-                    break
-            finished = process.poll() is None and not stop.is_set()
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(120)
-        finally:
-            process.kill()
-            status = process.wait()
+    own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
+    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *shlex.split(trial.flags), *own]
+    with Child(command, f"{log_dir}/output.txt", SAVE_GRACE) as child:
+        while child.process.poll() is None and not stop.wait(0.5):
+            pass
+    status = child.process.returncode
     if stop.is_set():
         return None
-    ended = "done" if finished or status == 0 else f"failed with exit status {status}"
-    return {**trial._asdict(), "cores": 1, **summary(read_rows(progress)), "ended": ended}
+    cells = summary(read_rows(f"{log_dir}/progress.csv"), steps if status == 0 else 0)
+    ended = "done" if status == 0 else f"failed with exit status {status}"
+    return {**trial._asdict(), "cores": 1, **cells, "ended": ended}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Time training of peers beside ours: same machine, game, network, frame-skip and batch, taking turns.
 
-    .venv-peers/bin/python benchmarks/peers.py --rounds 5 --seconds 20 --json peers.json
+    .venv-peers/bin/python -m benchmarks.peers --rounds 5 --seconds 20 --json peers.json
 
 `ours` is `python a3c.py` with its defaults, read from its own progress.csv. `sb3-16` and `sb3-64` are A2C of
 Stable-Baselines3 with 16 games (its default) and with 64; `pytorch` is the A2C below with 64, written as most are;
@@ -11,20 +11,15 @@ action in one game, 3 emulator frames. Start-up and warm-up are left out, for ev
 """
 
 import argparse
-import contextlib
-import csv
 import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import platform
-import re
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import gymnasium
@@ -38,11 +33,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 from torch import nn
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+from benchmarks.common import CORES, LIMIT, REPOSITORY, Child, end_on_signals, processor, spread, training
+
 FRAMESKIP, STICKY, STEPS, DISCOUNT = 3, 0.25, 5, 0.99  # as our Breakout-v0
 WARM_UP = 3.0  # seconds
-LIMIT = 300.0  # seconds that a measurement may take on top of the time it measures
 
 # Every way worth trying to set up a peer; PyTorch's threads are within one operation, the games' are always CORES.
 THREADS = sorted({1, min(2, CORES), CORES})
@@ -199,18 +193,6 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool) -> Non
 # Measuring.
 
 
-@contextlib.contextmanager
-def child(command: list[str], **options):
-    """Start a process in a group of its own; at the end of the block, however it ends, kill the whole group."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
 def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
     """Train one peer in this process and print its steps per second."""
     torch.set_num_threads(threads)
@@ -219,57 +201,29 @@ def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
         train_sb3(timer, **variant)
     else:
         train_pytorch(timer, tuned=peer == "tuned", **variant)
-    print(timer.rate, flush=True)
+    print("rate", timer.rate, flush=True)
 
 
 def measure_peer(name: str, variant: dict, seconds: float) -> float:
     """Return the steps per second of a peer, in a process of its own."""
     job = json.dumps({"peer": name, "seconds": seconds, **variant})
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        child([sys.executable, __file__, "--child", job], stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        output, _ = process.communicate(timeout=seconds + LIMIT)
-        if process.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"{name} {variant} failed:\n{errors.read()[-3000:]}")
-    return float(output.split()[-1])
+    with Child([sys.executable, "-m", "benchmarks.peers", "--child", job]) as child:
+        return child.next_rate(seconds + LIMIT)
 
 
 def measure_ours(python: str, seconds: float) -> float:
     """Return the steps per second of `python a3c.py` once all its groups learn."""
-    with tempfile.TemporaryDirectory() as folder:
-        bar = pathlib.Path(folder, "bar")
-        command = [python, "a3c.py", "--log_dir", f"{folder}/log", "--summary_period", "20", "--device", "cpu"]
-        with bar.open("w") as file, child(command, cwd=REPOSITORY, stdout=file, stderr=file) as process:
-            end, first = time.monotonic() + seconds + LIMIT, None
-            while time.monotonic() < end:
-                time.sleep(0.2)
-                if process.poll() is not None:
-                    raise RuntimeError(f"a3c.py ended:\n{bar.read_text()[-3000:]}")
-                row = _last_row(pathlib.Path(folder, "log", "progress.csv"))
-                if first is None and "all groups learning" in bar.read_text():
-                    first = row
-                if first and row[1] - first[1] >= seconds:
-                    return (row[0] - first[0]) / (row[1] - first[1])
-    raise TimeoutError(f"a3c.py: not measured within {seconds + LIMIT:.0f} s")
-
-
-def _last_row(path: pathlib.Path) -> tuple[int, float] | None:
-    """Return (agent steps, seconds) of the last whole row of a progress.csv, if there is one."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    rows = list(csv.DictReader(lines))
-    return (int(rows[-1]["agent_steps"]), float(rows[-1]["seconds"])) if rows else None
+    with training(["--device=cpu"], python) as run:
+        run.wait_until_all_learn()
+        return run.measure(seconds)
 
 
 def machine() -> dict:
     """Return what the figures depend on, besides our own versions."""
-    info = pathlib.Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     packages = ("torch", "stable-baselines3", "envpool", "ale-py", "gymnasium", "numpy", "opencv-python-headless")
     installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     return {
-        "cpu": model[1] if model else platform.processor(),
+        "cpu": processor(),
         "cores": CORES,
         "load_average_before": round(os.getloadavg()[0], 2),  # well under 1, or the figures mean little
         "python": platform.python_version(),
@@ -286,18 +240,13 @@ def choose_variants(seconds: float) -> dict[str, dict]:
             try:
                 rates.append(measure_peer(peer, variant, seconds))
                 print(f"  {peer:8} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except (RuntimeError, TimeoutError) as error:
                 rates.append(0.0)
                 print(f"  {peer:8} skipped  {variant}: {str(error).splitlines()[-1]}", flush=True)
         if not any(rates):
             raise RuntimeError(f"{peer}: no variant runs; the reasons are above")
         chosen[peer] = variants[rates.index(max(rates))]
     return chosen
-
-
-def spread(values: list[float], form: str) -> str:
-    """Return `median (min - max)`."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
 
 
 def main() -> None:
@@ -314,8 +263,7 @@ def main() -> None:
         return run_child(**json.loads(args.child))
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that `child` ends what it started
+    end_on_signals()
 
     version = "import importlib.metadata as m; print(m.version('tensorflow'))"
     tensorflow = subprocess.run([args.python, "-c", version], check=True, timeout=60, capture_output=True, text=True)
@@ -345,7 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

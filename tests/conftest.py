@@ -20,7 +20,7 @@ import checkpoint
 import groups
 from a3c import Config
 
-startup.choose_device("cpu", num_groups=1)  # one thread per operation, as in training; it cannot be set later
+startup.choose_device("cpu", num_groups=2)  # it cannot be set later
 
 
 def pytest_itemcollected(item):

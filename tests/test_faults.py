@@ -772,12 +772,12 @@ def test_output_that_cannot_be_written_ends_before_playing(trained, tmp_path, na
 def start_with(tmp_path):
     """Return a function that starts a command where only `packages`, name -> version, seem to be installed."""
 
-    def start(program, packages):
+    def start(program: list[str], packages):
         for name, version in packages.items():
             folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
             folder.mkdir()
             (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        words = [sys.executable, "-S", program]  # without the packages that are installed
+        words = [sys.executable, "-S", *program]  # without the packages that are installed
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -797,15 +797,16 @@ def test_package_that_is_missing_or_too_old_is_named_in_one_line(start_with, pac
     others = {name: oldest for name, oldest in startup.REQUIRED.items() if name != package}
     oldest = startup.REQUIRED[package]
     version = {"too old": "0.9.9rc1", "too old to count": "0"}.get(state)
-    line = one_line(start_with("a3c.py", {**others, package: version} if version else others))
+    line = one_line(start_with(["a3c.py"], {**others, package: version} if version else others))
     found = f"{version} is too old" if version else "is not installed"
     assert line == f"{package} {found}: {package}>={oldest} is needed. Run: pip install -r requirements.txt"
 
 
 @pytest.mark.row(n=23)
-@pytest.mark.parametrize("program", ["a3c.py", "a3c-test.py", "plot.py", "bench.py"])
+@pytest.mark.parametrize("program", ["a3c.py", "a3c-test.py", "plot.py", "benchmarks.bench"])
 def test_every_command_checks_its_packages_first(start_with, program):
-    assert one_line(start_with(program, {})).startswith("numpy is not installed")
+    words = [program] if program.endswith(".py") else ["-m", program]
+    assert one_line(start_with(words, {})).startswith("numpy is not installed")
 
 
 @pytest.mark.row(n=23)

@@ -6,7 +6,7 @@ from conftest import ENDLESS, Running, ScriptedEnv, last_iteration, rows, run
 
 from async_agent import GroupAgent, Progress
 from environment import empty_history, history_to_frames, push_frame
-from network import SharedNetwork, a3c_loss, clip_gradients, n_step_returns
+from network import SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import tf
 
 pytestmark = pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="TensorFlow sees no GPU")
@@ -38,8 +38,8 @@ def one_update(device):
                 logits.append(logit)
                 values.append(value)
                 history = push_frame(history, frames[step + 1], dones[step])
-            bootstrap = tf.stop_gradient(network.predict_value(history))
-            returns = tf.stop_gradient(n_step_returns(rewards, dones, values, bootstrap, 0.99))
+            bootstrap = tf.stop_gradient(network(history)[1])
+            returns = tf.stop_gradient(n_step_returns(list(rewards), list(dones), values, bootstrap, 0.99))
             loss, _ = a3c_loss(logits, values, actions, returns, 0.01)
         gradients, norm = clip_gradients(tape.gradient(loss, network.trainable_variables), 0.1, 2.0)
         network.apply_gradients(gradients, 1e-3)
@@ -71,7 +71,8 @@ def test_actions_are_drawn_from_the_policy():
         network = SharedNetwork(ACTIONS, decay=0.99, seed=1)
         network.biases["policy"].assign(np.log([0.1, 0.2, 0.3, 0.4]))
         history = empty_history(1000)  # black frames: all logits are the biases
-        draws = np.concatenate([network.act(history, np.array([7, step], np.int32))[2].numpy() for step in range(20)])
+        logits, _ = network(history)
+        draws = np.concatenate([draw_action(logits, np.array([7, step], np.int32)).numpy() for step in range(20)])
     shares = np.bincount(draws, minlength=ACTIONS) / draws.size
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=5 * np.sqrt(0.25 / draws.size))
 
@@ -81,7 +82,8 @@ def test_history_and_weights_stay_on_the_gpu(make_config):
     env = ScriptedEnv(np.ones([3, GAMES]), ends=np.eye(3, GAMES))
     with tf.device("GPU:0"):
         shared = SharedNetwork(ACTIONS, config.decay)
-        agent = GroupAgent(0, env, shared, Progress(1, GAMES), config, lambda losses: None)
+        agent = GroupAgent(0, lambda: env, shared, Progress(1, GAMES), config, lambda losses: None)
+        agent.envs = agent.make_envs()
         agent.reset()
         agent.iterate()
     everything = [agent.history, *agent.network.variables, *shared.variables]

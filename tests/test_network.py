@@ -49,7 +49,7 @@ def test_returns_equal_the_discounted_sum_up_to_the_end_of_the_game(rollout):
             else:
                 expected[t, b] += weight * rollout["bootstrap"][b]
     values = list(rollout["values"])
-    found = net.n_step_returns(rollout["rewards"], rollout["dones"], values, rollout["bootstrap"], discount)
+    found = net.n_step_returns(list(rollout["rewards"]), list(rollout["dones"]), values, rollout["bootstrap"], discount)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_advantages_equal_generalised_advantage_estimation(rollout, gae_lambda):
                 if rollout["dones"][k, b]:
                     break
     returns = net.n_step_returns(
-        rollout["rewards"], rollout["dones"], list(rollout["values"]), rollout["bootstrap"], discount, gae_lambda
+        *(list(rollout[name]) for name in ("rewards", "dones", "values")), rollout["bootstrap"], discount, gae_lambda
     )
     np.testing.assert_allclose(returns - rollout["values"], expected, rtol=1e-4, atol=1e-5)
 
@@ -76,7 +76,8 @@ def test_advantages_equal_generalised_advantage_estimation(rollout, gae_lambda):
 @pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
 def test_returns_ignore_a_bootstrap_behind_the_end_of_a_game(gae_lambda):
     dones, values = np.array([[False], [True]]), [np.float32([9]), np.float32([1])]
-    found = net.n_step_returns(np.ones([2, 1], np.float32), dones, values, np.float32([np.inf]), 0.5, gae_lambda)
+    rewards = list(np.ones([2, 1], np.float32))
+    found = net.n_step_returns(rewards, list(dones), values, np.float32([np.inf]), 0.5, gae_lambda)
     np.testing.assert_array_equal(found, [[1.5], [1.0]])
 
 
@@ -330,41 +331,29 @@ def test_copy_takes_over_every_weight():
 # Acting.
 
 
-def test_act_draws_actions_with_the_policys_probabilities():
+def test_actions_are_drawn_actions_with_the_policys_probabilities():
     network = net.ActorCritic(A)
     network.weights["policy"].assign(tf.zeros_like(network.weights["policy"]))
     probabilities = np.float32([0.1, 0.2, 0.3, 0.4])
     network.biases["policy"].assign(np.log(probabilities))
     history = random_history(num_games=100)
-    actions = [network.act(history, np.int32([5, step]))[2] for step in range(20)]
+    actions = [net.draw_action(network(history)[0], np.int32([5, step])) for step in range(20)]
     shares = np.bincount(np.ravel(actions), minlength=A) / 2000
     np.testing.assert_allclose(shares, probabilities, atol=0.05)  # more than four standard errors
 
 
-def test_act_draws_the_same_actions_from_the_same_seed_only():
+def test_actions_are_drawn_the_same_actions_from_the_same_seed_only():
     network, history = net.ActorCritic(A), random_history(num_games=30)
-    one, same, other = (network.act(history, np.int32([1, n]))[2].numpy() for n in (2, 2, 3))
+    one, same, other = (net.draw_action(network(history)[0], np.int32([1, n])).numpy() for n in (2, 2, 3))
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
-
-
-def test_predict_value_equals_the_value_of_act():
-    network, history = net.ActorCritic(A, seed=1), random_history()
-    np.testing.assert_array_equal(network.predict_value(history), network.act(history, np.int32([1, 2]))[1])
-
-
-def test_act_is_traced_once_over_many_calls():
-    network, history = net.ActorCritic(A), random_history()
-    for step in range(5):
-        network.act(history, np.array([3, step], np.int32))
-    assert network.act.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_give_actions_out_of_range(wrong):
     network = net.ActorCritic(A)
     network.biases["policy"].assign(tf.fill([A], wrong))
-    action = network.act(random_history(), np.int32([1, 2]))[2].numpy()
+    action = net.draw_action(network(random_history())[0], np.int32([1, 2])).numpy()
     assert np.all((action < 0) | (action >= A))
 
 
@@ -376,7 +365,7 @@ def test_bfloat16_copy_computes_what_float32_does_to_its_precision_and_leaves_th
     for copy in (exact, coarse):
         copy.copy_from(shared)
         with tf.GradientTape() as tape:
-            logits, values, _ = copy.act(history, np.array([1, 2], np.int32))
+            logits, values = copy(history)
             loss = tf.reduce_sum(logits[:, 0]) + tf.reduce_sum(values)
         assert logits.dtype == values.dtype == tf.float32
         clipped, _ = net.clip_gradients(tape.gradient(loss, copy.trainable_variables), None)

@@ -1,4 +1,4 @@
-"""Measure speed: `python bench.py` prints how fast training runs and what share of the machine's ceiling that is.
+"""Measure speed: `python -m benchmarks.bench` prints how fast training runs, and the machine's ceiling beside it.
 
 Three rates are measured in turn, several times, so that a noisy machine hits all alike, and medians are printed:
 training as `a3c.py` runs it; its environments alone, stepped by as many threads; its network and updates alone, on a
@@ -12,11 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,13 +22,12 @@ import numpy as np
 
 import a3c
 from async_agent import GroupAgent, Progress
+from benchmarks.common import end_on_signals, hardware, spread, training
 from environment import FRAME_SIZE, Game, make_training_envs
-from startup import available_cores
 from report import Report
 from startup import tf
 
 WARM_UP_UPDATES = 8  # of each group, not counted
-STARTUP_LIMIT = 180.0  # seconds that a3c.py gets until all groups learn
 SWEEP_THREADS, SWEEP_AGENTS = (1, 2, 4, 8), (16, 64)
 
 
@@ -60,7 +55,7 @@ class Bench:
     def __init__(self, config: a3c.Config, game: Game, device: str, log_dir: str):
         self.config, self.device = dataclasses.replace(config, log_dir=log_dir), device
         self.progress = Progress(config.num_threads, config.agents_per_thread)
-        shared = a3c.make_network(config, game)
+        shared = a3c.make_network(config, game, device)
         self.times = []  # of updates
 
         def agents(all_envs):
@@ -127,43 +122,24 @@ class Bench:
         return rate
 
 
-def bytes_per_step(config: a3c.Config) -> tuple[float, float]:
-    """Return the bytes that go up to the device and come down from it per agent step, counted over one rollout."""
-    steps = config.agents_per_thread * config.unroll_step
-    frame, done, reward, seed, action = FRAME_SIZE**2, 1, 4, 8, 4
-    up = steps * (frame + done) + config.unroll_step * seed + steps * (reward + done) + 4  # ... and the learning rate
-    down = steps * action + 4 * 4  # the actions, and the losses
-    return up / steps, down / steps
+def endless(config: a3c.Config) -> a3c.Config:
+    """Return `config` without what would end a run while it is measured."""
+    return dataclasses.replace(config, max_iteration=a3c.LARGEST, max_agent_steps=None)
 
 
-def measure_startup(flags: list[str], seconds: float, log_dir: str) -> dict[str, float]:
+def flags(config: a3c.Config) -> list[str]:
+    """Return the flags of `a3c.py` that ask for `config`."""
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def measure_startup(config: a3c.Config, seconds: float) -> dict[str, float]:
     """Run `a3c.py` itself until all groups learn and some seconds on; return when learning began, and peak memory."""
-    with tempfile.TemporaryFile("w+") as output:
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "a3c.py"), *flags]
-        process = subprocess.Popen([*command, "--log_dir", log_dir], stdout=output, stderr=subprocess.STDOUT)
-        try:
-            found, end = None, time.monotonic() + STARTUP_LIMIT
-            while not found and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.2)
-                output.seek(0)
-                found = re.search(r"first update ([\d.]+) s .* after ([\d.]+) s", output.read())
-            if not found:
-                output.seek(0)
-                raise RuntimeError(f"a3c.py did not start learning in {STARTUP_LIMIT:.0f} s:\n{output.read()[-2000:]}")
-            time.sleep(seconds)
-            with open(f"/proc/{process.pid}/status") as status:
-                peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read())[1]) / 2**20
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-    return {
-        "seconds_to_first_update": float(found[1]),
-        "seconds_to_all_groups": float(found[2]),
-        "peak_memory_gib": round(peak, 2),
-    }
+    with training(flags(config)) as run:
+        first, all_groups = run.wait_until_all_learn()
+        time.sleep(seconds)
+        with open(f"/proc/{run.child.process.pid}/status") as status:
+            peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read())[1]) / 2**20
+    return {"seconds_to_first_update": first, "seconds_to_all_groups": all_groups, "peak_memory_gib": round(peak, 2)}
 
 
 def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds: int) -> dict:
@@ -180,23 +156,23 @@ def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds:
                 ]
             )
             print(f"round {number + 1} of {rounds}: " + ", ".join(f"{rate:,.0f}" for rate in rates[-1]), flush=True)
+    names = ("training", "environments alone", "network alone")
+    for name, values in zip(names, zip(*rates, strict=True), strict=True):
+        print(f"{name}: {spread(values, ',.0f')} steps/s")
     training, environments, network = np.median(rates, axis=0)
     shared_cores = "CPU" in device
     ceiling = 1 / (1 / environments + 1 / network) if shared_cores else min(environments, network)
-    up, down = bytes_per_step(config)
     return {
         "steps_per_second": round(float(training)),
         "environment_steps_per_second": round(float(environments)),
         "network_steps_per_second": round(float(network)),
         "ceiling_steps_per_second": round(float(ceiling)),
         "ceiling_share": round(float(training / ceiling), 3),
-        "bytes_up_per_step": round(up, 1),
-        "bytes_down_per_step": round(down, 2),
     }
 
 
-def sweep(config: a3c.Config, game: Game, device: str, seconds: float, path: str) -> list[dict]:
-    """Measure training for each number of threads and of agents per thread, and draw the result."""
+def sweep(config: a3c.Config, seconds: float, path: str) -> list[dict]:
+    """Measure `a3c.py` for each number of threads and of agents per thread, and draw the result."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,11 +181,11 @@ def sweep(config: a3c.Config, game: Game, device: str, seconds: float, path: str
     points = []
     for agents in SWEEP_AGENTS:
         for threads in SWEEP_THREADS:
-            varied = dataclasses.replace(config, num_threads=threads, agents_per_thread=agents)
-            with tempfile.TemporaryDirectory() as log_dir:
-                bench = Bench(varied, game, device, log_dir)
-                rate = float(np.median([bench.measure_updates(bench.training_agents, seconds / 2) for _ in range(3)]))
-            points.append({"num_threads": threads, "agents_per_thread": agents, "steps_per_second": round(rate)})
+            point = {"num_threads": threads, "agents_per_thread": agents}
+            with training(flags(dataclasses.replace(config, summary_period=20, **point))) as run:
+                run.wait_until_all_learn()
+                rate = run.measure(seconds)
+            points.append({**point, "steps_per_second": round(rate)})
             print(f"{threads} threads x {agents} agents: {rate:,.0f} steps/s", flush=True)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for agents in SWEEP_AGENTS:
@@ -224,14 +200,6 @@ def sweep(config: a3c.Config, game: Game, device: str, seconds: float, path: str
     return points
 
 
-def hardware() -> str:
-    """Return the processor's name and how many cores this process may use."""
-    name = platform.processor()
-    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as cpuinfo:
-        name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read())[1]
-    return f"{name}, {available_cores()} cores"
-
-
 def main() -> None:
     """Run the command line."""
     parser = a3c.config_parser(__doc__.splitlines()[0])
@@ -242,16 +210,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
-    config = a3c.config_from(parser, arguments)
+    config = endless(a3c.config_from(parser, arguments))
     game, device = a3c.game_and_device(config)
-
-    with tf.device(device):
-        if arguments.sweep:
-            results = {"sweep": sweep(config, game, device, arguments.seconds, arguments.sweep)}
-        else:
-            flags = [f"--{name}={value}" for name, value in vars(config).items() if name != "log_dir"]
-            with tempfile.TemporaryDirectory() as log_dir:
-                results = measure_startup(flags, arguments.seconds, log_dir)
+    end_on_signals()
+    if arguments.sweep:
+        results = {"sweep": sweep(config, arguments.seconds, arguments.sweep)}
+    else:
+        results = measure_startup(config, arguments.seconds)
+        with tf.device(device):
             results = {**measure(config, game, device, arguments.seconds, arguments.rounds), **results}
     results |= {"game": game.id, "device": device.strip("/"), "hardware": hardware(), "versions": startup.versions()}
     for name, value in results.items():
