@@ -1,6 +1,6 @@
 """Save, verify and resume.
 
-A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, another name of the newest.
+A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, a copy of the newest.
 Each save goes to a new name and is read back before an older one is removed, so at every moment there is a complete
 one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
 """
@@ -102,7 +102,7 @@ class Saver:
         self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
-        """Write `model.ckpt-N`, read it back, name it `last.ckpt` too, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, copy it to `last.ckpt`, remove the oldest; return its path.
 
         Raises, with earlier checkpoints untouched:
           FloatingPointError: a weight is not finite.
@@ -113,19 +113,18 @@ class Saver:
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
         last, unfinished = os.path.join(self.folder, LAST), os.path.join(self.folder, UNFINISHED, "model")
+        if path == self.newest and os.path.exists(path + _INDEX):
+            return path
         with refusing(f"cannot save {path}, earlier saves are intact"):
             self.check()
             try:
-                if path != self.newest or not os.path.exists(path + _INDEX):
-                    os.makedirs(os.path.dirname(unfinished), exist_ok=True)
-                    self.checkpoint.write(unfinished)
-                    read(unfinished)
-                    _remove(path)
-                    for suffix in (_DATA, _INDEX):  # killed in between, it is no checkpoint rather than a damaged one
-                        os.replace(unfinished + suffix, path + suffix)
-                _remove(last)
+                os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+                self.checkpoint.write(unfinished)
+                read(unfinished)
+                _move(unfinished, path)
                 for suffix in (_DATA, _INDEX):
-                    _link(path + suffix, last + suffix)
+                    shutil.copyfile(path + suffix, unfinished + suffix)
+                _move(unfinished, last)
             finally:
                 self.remove_unfinished()
         self.newest = path
@@ -194,7 +193,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
             raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
             why = "Was it trained with another --preset, --filters or --subtract_background?"
-            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
+            raise CheckpointError(f"{path} is of another network: {name} is {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
@@ -203,12 +202,13 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     Raises CheckpointError if it is missing, damaged, of another network or of a game with another number of actions.
     """
     tensors = read(path)
+    saved = saved_iteration(tensors, path)
     filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
     network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(f"biases/input{_KEY}", 0)))
     check_fits(tensors, network, path)
     for name, variable in _parameters(network).items():
         variable.assign(tensors[name + _KEY])
-    return network, saved_iteration(tensors, path)
+    return network, saved
 
 
 def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
@@ -252,11 +252,11 @@ def numbered(folder: str) -> list[str]:
     return sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
 
 
-def _link(old: str, new: str) -> None:
-    try:
-        os.link(old, new)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(old, new)
+def _move(path: str, new: str) -> None:
+    """Rename a checkpoint; who is killed meanwhile leaves none of the new name rather than a damaged one."""
+    _remove(new)
+    for suffix in (_DATA, _INDEX):
+        os.replace(path + suffix, new + suffix)
 
 
 def _remove(path: str) -> None:

@@ -266,24 +266,26 @@ def test_limit_on_file_size_ends_the_run_with_earlier_saves_untouched(trained, t
     assert process.returncode == 1
     last = process.stderr.splitlines()[-1]
     assert last.startswith(f"a3c.py: error: cannot save {folder}/model.ckpt-")
-    assert last.endswith("Earlier saves are intact")
+    assert ", earlier saves are intact: " in last
     assert {path.name: path.read_bytes() for path in folder.glob("*.ckpt*")} == before
 
 
 COPY_FAILS = """
-import resource, sys
+import errno, shutil, sys
 sys.path.insert(0, "tests")
+from startup import UserError
 from test_checkpoint import Run
 run = Run(sys.argv[1])
 run.update(10)
-run.saver.save_last()
-run.update(20)
 run.saver.save()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+run.update(20)
+def fill_up(old, new):
+    raise OSError(errno.ENOSPC, "No space left on device")
+shutil.copyfile = fill_up
 try:
-    run.saver.save_last()
-except OSError as error:
-    print("OSError:", error)
+    run.saver.save()
+except UserError as error:
+    print("UserError:", error)
 """
 
 
@@ -292,7 +294,7 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(tmp_path)
     words = [sys.executable, "-c", COPY_FAILS, str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"OSError: cannot save {tmp_path}/last.ckpt: ")
+    assert done.stdout.startswith(f"UserError: cannot save {tmp_path}/model.ckpt-20, earlier saves are intact: ")
     assert checkpoint.load_network(f"{tmp_path}/last.ckpt", 4)[1] == 10
     assert checkpoint.load_network(f"{tmp_path}/model.ckpt-20", 4)[1] == 20
     assert not list(tmp_path.glob(".unfinished*"))
@@ -369,7 +371,6 @@ def two_saves(tmp_path_factory):
         first.update(iteration)
         first.saver.save()
         states[iteration] = first.state()
-    first.saver.save_last()
     files = {path: path.read_bytes() for path in folder.iterdir()}
     return folder, files, states, Run(folder, seed=2)
 

@@ -363,6 +363,6 @@ def test_disk_that_fills_up_ends_the_run_with_its_earlier_checkpoint_intact(tmp_
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
     status, _, errors = main(f"--log_dir={tmp_path}", "--max_iteration=500", "--num_threads=1")
     assert status == 1
-    assert "No space left on device. Earlier saves are intact" in errors
+    assert "earlier saves are intact:" in errors
     assert checkpoints(tmp_path) == ["model.ckpt-6", "model.ckpt-3"]
     assert checkpoint.load_network(f"{tmp_path}/model.ckpt-6", 4)[1] == 6
