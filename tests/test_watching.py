@@ -194,10 +194,10 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
 
 
 @pytest.mark.row(n=9)
-def test_folder_of_a_run_is_taken_as_its_last_checkpoint(main, model, tmp_path, monkeypatch):
+def test_folder_of_a_run_is_taken_as_its_newest_checkpoint(main, model, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "play_game", lambda *_: (1.0, []))
     assert main(f"--model={model}", "--iter=1") == 0
-    assert results(tmp_path)["model"] == "last.ckpt"
+    assert results(tmp_path)["model"] == "model.ckpt-7"
 
 
 def test_interrupt_keeps_the_games_so_far(main, tmp_path, monkeypatch):
@@ -223,7 +223,9 @@ def test_missing_model_ends_with_one_line_that_lists_what_is_there(model, tmp_pa
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/last.ckpt, ")
+    assert line.startswith(
+        f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/model.ckpt-7, {model}/last.ckpt"
+    )
 
 
 @pytest.mark.row(n=10)
@@ -235,7 +237,7 @@ def test_model_of_another_number_of_actions_is_refused_with_both_numbers(main, n
 @pytest.mark.row(n=11)
 def test_model_of_something_else_is_refused(main, no_play, tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "last.ckpt"))
-    with pytest.raises(CheckpointError, match="not a checkpoint of this network"):
+    with pytest.raises(CheckpointError, match="is not of this network"):
         main(f"--model={path}", "--game=Breakout-v0")
 
 
