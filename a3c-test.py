@@ -236,4 +236,4 @@ if __name__ == "__main__":
         except UserError as error:
             print(f"a3c-test.py: error: {error}", file=sys.stderr)
             status = 1
-    startup.end(status)
+    os._exit(status)  # not sys.exit: an output that hangs would keep Python from ending

@@ -301,4 +301,4 @@ def _main(signals: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    startup.end(main())
+    os._exit(main())  # not sys.exit: a thread that hangs in native code or in an output would keep Python from ending

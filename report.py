@@ -32,10 +32,6 @@ COLUMNS = {
 }
 
 
-class _Bar(tqdm):
-    monitor_interval = 0  # no thread that redraws it: one of a bar that is not shown would never end
-
-
 class Report:
     """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
 
@@ -61,10 +57,10 @@ class Report:
                     if int(row[axis]) >= start:
                         self._add_point(axis, row)
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
-        self.bar = _Bar(
+        self.bar = tqdm(
             total=config.max_iteration, initial=progress.iteration, unit="it", dynamic_ncols=True, disable=None
         )
-        self.background = Background()
+        self.background = Background(take=self._write)
 
     def add(self, losses: Losses) -> None:
         """Count one update; the caller holds the progress lock. Makes a row every `summary_period` updates."""
@@ -87,20 +83,20 @@ class Report:
             "learning_rate": self.config.learning_rate_at(progress.iteration - 1),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }
-        self.background.jobs.put(lambda: self._write_row(row))
+        self.background.write(row)
         self.losses, self.row_time, self.row_steps = [], now, progress.agent_steps
 
     def show(self) -> None:
-        """Bring the bar up to date, and see whether the folder is still there."""
-        if self.background.jobs.empty():
-            self.background.jobs.put(self.check_folder)
+        """Bring the bar up to date, and look after the folder."""
+        if self.background.items.empty():
+            self.background.write({})
         progress, scores = self.progress, self.progress.recent_scores()
         score = f", score {scores.mean():.1f}, max {scores.max():.0f}" if scores.size else ""
         self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
         self.bar.update(progress.iteration - self.bar.n)
 
     def check(self) -> None:
-        """Raise the UserError of a file that could not be written."""
+        """Raise the UserError of what could not be written."""
         if self.background.failure:
             raise self.background.failure
 
@@ -110,18 +106,21 @@ class Report:
         self.show()
         self.bar.close()
 
-    def _write_row(self, row: dict) -> None:
-        with refusing(self.refusal):
+    def _write(self, row: dict) -> None:
+        """Write a row, unless it is empty, into the folder, if it still is there."""
+        self.check_folder()
+        if row:
             cells = {k: x if isinstance(x, int) else f"{x:.6g}" if abs(x) < 1e5 else f"{x:.2f}" for k, x in row.items()}
-            csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
-            self.csv_file.flush()
-            for axis in self.curves:
-                self._add_point(axis, row)
-        tqdm.write(
-            "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
-            "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
-            "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
-        )
+            with refusing(self.refusal):
+                csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
+                self.csv_file.flush()
+                for axis in self.curves:
+                    self._add_point(axis, row)
+            tqdm.write(
+                "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
+                "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
+                "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
+            )
 
     def _add_point(self, axis: str, row: dict) -> None:
         with self.curves[axis].as_default(int(row[axis])):

@@ -13,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TextIO
 
 for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
@@ -138,53 +137,55 @@ def choose_device(device: str, num_groups: int = 1) -> str:
 
 
 class Background:
-    """A thread that does jobs in their order: one that fails or blocks holds up nobody else."""
+    """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
 
-    def __init__(self):
-        self.jobs, self.failure = queue.SimpleQueue(), None  # and the exception of the first that failed
+    It is a text stream that stands for `stream`; or else `take` is called with each item. It keeps the first `failure`.
+    """
+
+    def __init__(self, stream=None, take: Callable | None = None):
+        self.take = take or (lambda text: print(text, end="", file=stream, flush=True))
+        self.stream, self.items, self.failure = stream, queue.SimpleQueue(), None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
-
-    def _work(self) -> None:
-        for job in iter(self.jobs.get, None):
-            try:
-                job()
-            except Exception as error:
-                self.failure = self.failure or error
-
-    def close(self, seconds: float = 1.0) -> None:
-        """Let it do what is left, for so long at most."""
-        self.jobs.put(None)
-        self.thread.join(seconds)
-
-
-class _Output:
-    """A text stream for which a print neither fails nor waits."""
-
-    def __init__(self, stream: TextIO, background: Background):
-        self.stream, self.background = stream, background
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)  # isatty, encoding, fileno
 
-    def write(self, text: str) -> int:
-        if self.background.jobs.qsize() < 10_000:  # else nobody reads, and the rest is dropped
-            self.background.jobs.put(lambda: (self.stream.write(text), self.stream.flush()))
-        return len(text)
+    def write(self, item) -> None:
+        """Let the thread take `item`, unless so many wait that it takes none."""
+        if self.items.qsize() < 10_000:
+            self.items.put(item)
 
     def flush(self) -> None:
-        """Do nothing: each text is flushed."""
+        """Do nothing: the thread flushes each text."""
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Let the thread take what is left, for so long at most."""
+        self.items.put(None)
+        self.thread.join(seconds)
+
+    def _work(self) -> None:
+        for item in iter(self.items.get, None):
+            try:
+                self.take(item)
+            except Exception as error:
+                self.failure = self.failure or error
 
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
     """Let the block print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk."""
-    with (
-        contextlib.closing(Background()) as background,  # one for both, because it keeps the order
-        contextlib.redirect_stdout(_Output(sys.stdout, background)),
-        contextlib.redirect_stderr(_Output(sys.stderr, background)),
-    ):
-        yield
+    one_place = False
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
+        one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    out = Background(sys.stdout)
+    errors = out if one_place else Background(sys.stderr)  # one keeps the order
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            out.close()
+            errors.close()
 
 
 @contextlib.contextmanager
@@ -203,16 +204,6 @@ def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end(status: int) -> NoReturn:
-    """End the process, without waiting for a thread that hangs in native code or in an output nobody reads."""
-    with contextlib.suppress(OSError, ValueError):
-        if threading.active_count() == 1:
-            sys.stdout.flush()  # where this fails, Python would end with a status of its own
-            sys.stderr.flush()
-            sys.exit(status)
-    os._exit(status)
 
 
 def choose_dtype(compute_dtype: str, device: str) -> str:
