@@ -1,9 +1,11 @@
 """Train an agent to play an Atari game by A3C: edit a hyperparameter below, run `python a3c.py`, watch the curve.
 
 Four threads each play 64 games for 5 steps on their own copy of one network, turn them into one gradient, apply it to
-the shared network without waiting for the others, and copy its weights back. Running again with the same log folder
-resumes. The threads' loop is in `async_agent.py`, the network and its update in `network.py`, starting and stopping in
-`groups.py`.
+the shared network without waiting for the others, and copy its weights back. The threads' loop is in `async_agent.py`,
+the network and its update in `network.py`, starting and stopping in `groups.py`.
+
+Running again with the same log folder resumes. What the run was given by flags or a preset holds and need not be given
+again; a new flag or an edited default beats it and is reported; `config.json` keeps what was before in its `history`.
 
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"; hiwonjoon/tf-a3c-gpu.
 """
@@ -19,17 +21,19 @@ import math
 import os
 import re
 import sys
-import threading
+import time
 import traceback
 import typing
 
+import numpy as np
+
 import checkpoint
-from async_agent import GroupFailure, Progress
+from async_agent import Progress
 from environment import Game, find_game
 from groups import Groups
 from network import SharedNetwork
 from report import Report
-from startup import tf
+from startup import UserError, tf
 
 
 @dataclasses.dataclass
@@ -37,7 +41,7 @@ class Config:
     """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip none`."""
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
-    log_dir: str = ""  # folder of the run; empty means log/<game>
+    log_dir: str = ""  # folder of the run, `~` is yours; empty means log/<game>
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: int = 113  # weights, games and actions; with one thread a run repeats bit for bit
 
@@ -48,6 +52,9 @@ class Config:
     max_agent_steps: int | None = None  # agent steps in all; with none only max_iteration ends a run
     frameskip: int | None = None  # emulator frames per agent step; none is the game's own
     random_frameskip: bool = False  # draw it anew for every step where the game's id does; else it is the mean
+    max_pool: bool = False  # a frame is the maximum of a step's last two: shows what flickers (ALE/Asteroids-v5)
+    noop_max: int = 0  # most emulator frames without an action before a game begins, drawn anew for each
+    fire_reset: bool = False  # the first of them, and at least one, presses FIRE where the game has that
     discount_factor: float = 0.99  # of the reward one agent step later
     gae_lambda: float = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
     life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
@@ -69,19 +76,23 @@ class Config:
     compute_dtype: str = "auto"  # of the threads' copies: float32, bfloat16, or bfloat16 where the CPU is fast at it
 
     save_period: int = 20_000  # updates between checkpoints; the newest three are kept
+    save_minutes: float = 10.0  # most minutes between checkpoints, whatever save_period
     summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
     stall_timeout: float = 300.0  # seconds without a step of some group after which the run is saved and ended
 
     def __post_init__(self):
-        """Check every field. Raises ValueError naming the first wrong field and its value."""
+        """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: must be auto, float32 or bfloat16")
-        if any(character in self.log_dir for character in "*?[]\\\0"):  # TensorFlow takes the path as a pattern
-            raise ValueError(f"log_dir = {self.log_dir!r}: must be a path without any of * ? [ ] \\")
-        self.log_dir = self.log_dir or os.path.join("log", self.game)
+            raise UserError(f"compute_dtype = {self.compute_dtype!r}: must be auto, float32 or bfloat16")
+        checkpoint.check_path("log_dir", self.log_dir)
+
+    @property
+    def folder(self) -> str:
+        """The folder of the run."""
+        return os.path.expanduser(self.log_dir) or os.path.join("log", self.game)
 
     def is_finished(self, progress: Progress) -> bool:
         """Return whether a run that has come so far is over."""
@@ -120,7 +131,7 @@ PRESETS = {
     },
 }
 
-MAY_BE_ZERO = ("random_seed", "entropy_beta", "value_weight", "decay", "gae_lambda")
+MAY_BE_ZERO = ("random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda")
 AT_MOST_ONE = ("discount_factor", "decay", "gae_lambda")
 LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
 
@@ -130,11 +141,13 @@ def _checked(name: str, value, kind):
     kind, *optional = typing.get_args(kind) or (kind,)
     wanted = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
     wanted = "none, or " + wanted if optional else wanted
+    if isinstance(value, np.generic):
+        value = value.item()
     try:
         if kind is str:
-            if not isinstance(value, str):
+            if not isinstance(value, (str, os.PathLike)):
                 raise ValueError
-            return value
+            return os.fspath(value)
         if kind is bool:
             if str(value).lower() not in ("true", "false"):
                 raise ValueError
@@ -151,7 +164,7 @@ def _checked(name: str, value, kind):
         if not low <= value <= high:  # also false for NaN
             raise ValueError
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} = {value!r}: must be {wanted}") from None
+        raise UserError(f"{name} = {value!r}: must be {wanted}") from None
     return value if kind is int else float(value)
 
 
@@ -161,7 +174,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="original", help="defaults to take (default: original)")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
-        comment = comments[field.name].replace("%", "%%")
+        comment = comments.get(field.name, "").replace("%", "%%")
         parser.add_argument(
             f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=f"{comment} (default: {field.default})"
         )
@@ -169,51 +182,68 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 
 
 def config_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Config:
-    """Return the Config that parsed flags ask for; a wrong value ends the program with its ValueError's text.
+    """Return the Config that parsed flags ask for; a wrong value ends the program with its error's text.
 
     What no flag says is as in the preset, and else the default.
     """
-    fields = {field.name for field in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    given = {name: value for name, value in vars(arguments).items() if name in Config.__dataclass_fields__}
     try:
         return Config(**{**PRESETS[arguments.preset], **given})
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
+
+
+def given_to_run(folder: str) -> dict:
+    """Return the settings that the run in a folder was given by flags or a preset; nothing where there is no run."""
+    path = os.path.join(folder, checkpoint.CONFIG)
+    if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
+        return {}
+    saved = checkpoint.read_config(path)
+    names = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
+    return {name: saved[name] for name in names if name in Config.__dataclass_fields__ and name != "log_dir"}
 
 
 def train(config: Config) -> int:
     """Train until `max_iteration` or a signal, resuming what the log folder holds. Return the exit status.
 
+    A resumed run takes the config as it is given here; what differs from before is reported and noted.
+
     Raises:
-      ValueError: no such game or device, or the log folder holds a run of another game.
-      OSError: the log folder cannot be used, another run uses it, or the disk is full.
-      checkpoint.CheckpointError: what is in the log folder cannot be resumed.
+      UserError: no such game or device, the log folder cannot be used, or it holds a run that cannot be resumed.
       GroupFailure: an exception in a thread, which it names; TimeoutError: a group stalled.
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
+    signals = []
+    with startup.safe_output(), startup.stop_signals(signals.append):
+        return _train(config, signals)
+
+
+def _train(config: Config, signals: list[int]) -> int:
+    started = time.monotonic()
+    config = dataclasses.replace(config, log_dir=config.folder)
     game, device = game_and_device(config)
-    with checkpoint.run_folder(config.log_dir), tf.device(device):
+    with checkpoint.run_folder(config.log_dir) as check, tf.device(device):
         shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
-        saver = checkpoint.Saver(config.log_dir, shared, progress)
+        saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)
         where = f"{device.strip('/')} in {shared.copies_dtype}"
         print(f"{game.describe()}. Training on {where}, into {config.log_dir}", flush=True)
         resumed = saver.resume(warn=print)
-        _note_config(config, resuming=resumed is not None)
+        _note_config(config, progress, resuming=resumed is not None)
         if resumed:
             print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games", flush=True)
         if config.is_finished(progress):
             limits = f"max_iteration = {config.max_iteration:,}, max_agent_steps = {config.max_agent_steps}"
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
-        with Report(config, progress) as report:
-            return Groups(config, shared, progress, saver, report).run(game, device)
+        report = Report(config, progress, check)
+        return Groups(config, shared, progress, saver, report, signals).run(game, device, started)
 
 
 def game_and_device(config: Config) -> tuple[Game, str]:
-    """Return the game to play and the TensorFlow device to compute on; raises ValueError where there is none such."""
-    game = find_game(config.game, config.frameskip, config.random_frameskip)
-    return game, startup.choose_device(config.device, config.num_threads)
+    """Return the game to play and the TensorFlow device to compute on; raises UserError where there is none such."""
+    frames = config.frameskip, config.random_frameskip, config.max_pool, config.noop_max, config.fire_reset
+    return find_game(config.game, *frames), startup.choose_device(config.device, config.num_threads)
 
 
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
@@ -229,42 +259,46 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     )
 
 
-def _note_config(config: Config, resuming: bool) -> None:
-    """Save the config beside the checkpoints; where a run is resumed, refuse another game and name what changed."""
+def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
+    """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
     path = os.path.join(config.log_dir, checkpoint.CONFIG)
-    new = dataclasses.asdict(config)
+    new, history = {**dataclasses.asdict(config), "versions": startup.versions()}, []
+    given = [field.name for field in dataclasses.fields(config) if new[field.name] != field.default]
+    print("not at their defaults: " + ", ".join(f"{name} = {new[name]}" for name in given))
     if resuming and os.path.exists(path):
         old = checkpoint.read_config(path)
         if old["game"] != config.game:
-            raise ValueError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
-        for name in new:
-            if name in old and old[name] != new[name]:
-                print(f"changed since the last run: {name} from {old[name]} to {new[name]}")
-    checkpoint.write_config(path, {**new, "versions": startup.versions()})
+            raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
+        history = old.get("history", [])
+        if was := {name: old[name] for name in new if old.get(name, new[name]) != new[name]}:  # until now
+            history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
+        for name in was:
+            print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
+    checkpoint.write_json(path, {**new, "given": given, "history": history})
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
+    signals = []
+    with startup.safe_output(), startup.stop_signals(signals.append):
+        return _main(signals)
+
+
+def _main(signals: list[int]) -> int:
     parser = config_parser(__doc__.splitlines()[0])
-    config = config_from(parser, parser.parse_args())
     try:
-        return train(config)
-    except KeyboardInterrupt:
-        return 130
+        folder = config_from(parser, parser.parse_args()).folder
+        parser.set_defaults(**given_to_run(folder))  # which go before those of Config and of a preset
+        return _train(config_from(parser, parser.parse_args()), signals)
+    except UserError as error:
+        print(f"a3c.py: error: {error}", file=sys.stderr)
     except Exception as error:
-        trace, text = traceback.format_exc(), str(error)
-        explained = isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
-        if GroupFailure.__name__ in trace or not explained or isinstance(error, TimeoutError):
-            print(trace, end="", file=sys.stderr)
-        if not explained and isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
-            text = "out of memory: lower --agents_per_thread or --num_threads, or use another --device"
-        print(f"a3c.py: error: {text}", file=sys.stderr)
-        return 1
+        traceback.print_exc()
+        if isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
+            advice = "lower --agents_per_thread or --num_threads, or use another --device"
+            print(f"a3c.py: error: out of memory: {advice}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    status = main()
-    if any(thread.name.startswith("group") for thread in threading.enumerate()):
-        sys.stdout.flush()
-        os._exit(status)  # a stalled thread in native code would keep the process from ending
-    sys.exit(status)
+    os._exit(main())  # not sys.exit: a thread that hangs in native code or in an output would keep Python from ending

@@ -14,7 +14,7 @@ import numpy as np
 
 from environment import FRAME_SIZE, empty_history, push_frame
 from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
-from startup import tf
+from startup import UserError, tf
 
 
 class Progress(tf.train.experimental.PythonState):
@@ -97,7 +97,9 @@ class GroupAgent:
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; kept where a lost life ends the return
-        self.seed = config.random_seed + progress.iteration  # a resumed run plays on, it does not play again
+        # For the actions and for each game. A resumed run plays on, it does not play again.
+        entropy = np.random.SeedSequence([config.random_seed, progress.iteration, index])
+        self.seeds = entropy.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
         self.failure = None  # what the games raised
@@ -121,14 +123,18 @@ class GroupAgent:
                     self.reset()
                 while not coordinator.should_stop() and not self.config.is_finished(self.progress):
                     self.iterate()
+            except UserError:
+                raise
             except Exception as error:
                 raise GroupFailure(f"group {self.index}, {type(error).__name__}: {error}") from error
             coordinator.request_stop()
 
     def reset(self) -> None:
-        """Start all games."""
-        frame, _ = self.envs.reset(seed=self.seed + self.index * self.envs.num_envs)  # game i gets seed + i
+        """Start all games, and take the shared weights."""
+        frame, _ = self.envs.reset(seed=self.seeds[1:])
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
+        with self.progress.lock:  # others may have learnt while these games were built
+            self.network.copy_from(self.shared)
 
     def iterate(self) -> None:
         """Play T steps in each game and update the shared network once.
@@ -137,7 +143,7 @@ class GroupAgent:
           FloatingPointError: logits or losses are not finite; the shared network is as it was before.
         """
         config, progress = self.config, self.progress
-        seed = np.array([self.seed + self.index, self.steps], np.int32)
+        seed = np.array([self.seeds[0], self.steps], np.int32)
         entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
         try:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)

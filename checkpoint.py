@@ -1,49 +1,65 @@
 """Save, verify and resume.
 
-A run's folder holds `model.ckpt-N.*` after N updates (the newest few) and, once a run has ended, `last.ckpt.*`, which
-is a copy of the newest. Each save goes to a new name and is read back before an older one is removed, so at
-every moment there is a complete one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
+A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, another name of the newest.
+Each save goes to a new name and is read back before an older one is removed, so at every moment there is a complete
+one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from network import ActorCritic, SharedNetwork
-from startup import reason, tf
+from startup import UserError, reason, refusing, tf
 
-CONFIG = "config.json"
-LAST = "last.ckpt"
+with contextlib.suppress(ImportError):  # Windows has no such locks
+    import fcntl
+
+CONFIG, LAST = "config.json", "last.ckpt"
 _DATA, _INDEX = ".data-00000-of-00001", ".index"
 _KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
 _INPUT = f"biases/input{_KEY}"  # minus the background, only where it is taken off the pixels
 _PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of something else; the message says which and what to do."""
 
 
 @contextlib.contextmanager
-def run_folder(folder: str):
-    """Make the folder if need be and keep it for this process while the block runs.
+def run_folder(folder: str) -> Iterator[Callable[[], None]]:
+    """Keep a folder, made if need be, for this process; yield a function that checks whether it still is there.
 
     Raises:
-      OSError: it cannot be made or written, or another run is using it.
+      UserError: it cannot be made or written, or another run uses it. The function: it was removed or taken since.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as lock:  # the system lets go of it however the process ends
+    path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
+
+    def check() -> None:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            if file.read() == owner:
+                return
+        raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
+
+    with refusing(f"log_dir = {folder!r}"):
+        os.makedirs(folder, exist_ok=True)
+        lock = open(path, "a")  # noqa: SIM115
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except BlockingIOError:
-            raise OSError(f"log_dir = {folder!r}: another run is using it") from None
-        yield
+            raise UserError(f"log_dir = {folder!r}: another run is using it") from None
+        except (OSError, NameError):  # nor has every file system
+            print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
+        lock.truncate(0)
+        print(owner, end="", file=lock, flush=True)
+        yield check
 
 
 def read_config(path: str) -> dict:
@@ -61,80 +77,64 @@ def read_config(path: str) -> dict:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def write_config(path: str, config: dict) -> None:
-    """Write a run's `config.json`, whole or not at all."""
+def write_json(path: str, content: dict) -> None:
+    """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
     unfinished = os.path.join(os.path.dirname(path), ".unfinished.json")
-    with open(unfinished, "w") as file:
-        json.dump(config, file, indent=2)
-    os.replace(unfinished, path)
+    with refusing(f"cannot write {path}"):
+        with open(unfinished, "w") as file:
+            json.dump(content, file, indent=2)
+        os.replace(unfinished, path)
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise UserError where TensorFlow takes a path for a pattern, or cannot say it because it is not UTF-8."""
+    if any(character in "*?[]\\\0" or "\ud800" <= character <= "\udfff" for character in path):
+        raise UserError(f"{name} = {path!r}: must be a path in UTF-8 without any of * ? [ ] \\")
 
 
 class Saver:
     """Saves a run into its folder and resumes it.
 
     Args:
-      folder: the run's folder.
+      folder, check: of `run_folder`; the check is made before each save.
       shared: the network with its RMSProp state.
       progress: an `async_agent.Progress`. The caller holds its lock around `save`.
       keep: how many numbered checkpoints stay.
     """
 
-    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3):
-        self.folder, self.shared, self.progress, self.keep = folder, shared, progress, keep
+    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3, check=lambda: None):
+        self.folder, self.shared, self.progress, self.keep, self.check = folder, shared, progress, keep, check
         self.newest = None  # path of what this process saved or resumed last
-        self.checkpoint = tf.train.Checkpoint(
-            weights=shared.weights,
-            biases=shared.biases,
-            mean_squares=shared.mean_squares,
-            progress=progress,
-        )
+        state = {"weights": shared.weights, "biases": shared.biases, "mean_squares": shared.mean_squares}
+        self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
-        """Write `model.ckpt-N`, read it back, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, name it `last.ckpt` too, remove the oldest; return its path.
 
         Raises:
           FloatingPointError: a weight is not finite; nothing was written.
-          OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+          UserError: the disk is full, or the folder cannot be written or was lost; earlier checkpoints are untouched.
           CheckpointError: what was read back differs from what was written.
         """
         for variable in self.shared.trainable_variables:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
-        if path == self.newest and os.path.exists(path + _INDEX):
-            return path
-        with self._whole_or_nothing(path) as unfinished:
-            self.checkpoint.write(unfinished)
-            read(unfinished)
+        with refusing(f"cannot save {path}, earlier saves are intact"):
+            self.check()
+            try:
+                if path != self.newest or not os.path.exists(path + _INDEX):
+                    unfinished = os.path.join(self.folder, ".unfinished")
+                    self.checkpoint.write(unfinished)
+                    read(unfinished)
+                    _name(unfinished, path, os.replace)
+                _name(path, os.path.join(self.folder, LAST), _link)
+            finally:
+                self.remove_unfinished()
         self.newest = path
         for old in numbered(self.folder)[self.keep :]:
             _remove(old)
         return path
-
-    def save_last(self) -> str:
-        """Save, and copy the save to `last.ckpt`; return that path. Raises as `save` does."""
-        path, last = self.save(), os.path.join(self.folder, LAST)
-        with self._whole_or_nothing(last) as unfinished:
-            for suffix in (_DATA, _INDEX):
-                shutil.copyfile(path + suffix, unfinished + suffix)
-        return last
-
-    @contextlib.contextmanager
-    def _whole_or_nothing(self, path: str):
-        """Yield a hidden name to write a checkpoint under, which becomes `path` at the end of the block.
-
-        Raises:
-          OSError: the block or the renaming failed; what was written is removed.
-        """
-        unfinished = os.path.join(self.folder, ".unfinished")
-        try:
-            yield unfinished
-            _remove_file(path + _INDEX)  # killed between these lines, it is no checkpoint rather than a damaged one
-            os.replace(unfinished + _DATA, path + _DATA)
-            os.replace(unfinished + _INDEX, path + _INDEX)
-        except (tf.errors.OpError, OSError) as error:
-            self.remove_unfinished()
-            raise OSError(f"cannot save {path}: {reason(error)}. Earlier saves are intact") from error
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
@@ -145,23 +145,21 @@ class Saver:
           CheckpointError: the checkpoint is of another network, or every one of them is damaged.
         """
         self.remove_unfinished(warn)
-        candidates = []
         paths = all_checkpoints(self.folder)
         for path in paths:
             try:
                 tensors = read(path)
-                candidates.append((saved_iteration(tensors, path), path, tensors))
+                saved_iteration(tensors, path)
             except CheckpointError as error:
                 warn(f"{error}; falling back to an earlier one")
-        if not candidates:
-            if paths:
-                raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
-            return None
-        _, path, tensors = max(candidates)  # by iteration, then by path, which no two share
-        check_fits(tensors, self.shared, path)
-        self.checkpoint.read(path).assert_consumed()
-        self.newest = path
-        return path
+                continue
+            check_fits(tensors, self.shared, path)
+            self.checkpoint.read(path).assert_consumed()
+            self.newest = path
+            return path
+        if paths:
+            raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
+        return None
 
     def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
         """Remove what a killed or failed save left behind; a data file without its index is named to `warn`."""
@@ -196,30 +194,18 @@ def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
-    """Compare a checkpoint with a network before anything is changed.
-
-    Raises:
-      CheckpointError: names the first tensor that is missing or has another shape.
-    """
-    less_background = _INPUT in tensors
-    if less_background != bool(network.background):
-        raise CheckpointError(
-            f"{path} is of another network: its pixels are {'less' if less_background else 'with'} the background. "
-            "Was it trained with another --preset or --subtract_background?"
-        )
-    for kind, layer, variable in _parameters(network):
-        found = tensors.get(f"{kind}/{layer}{_KEY}")
-        if found is None:
-            raise CheckpointError(f"{path} is not a checkpoint of this network: it has no {layer} {kind}")
-        if layer == "policy" and found.shape[-1] != network.num_actions:
-            raise CheckpointError(
-                f"{path} is of a game with {found.shape[-1]} actions; this one has {network.num_actions}"
-            )
-        if found.shape != tuple(variable.shape):
-            raise CheckpointError(
-                f"{path} is of another network: {layer} {kind} {found.shape}, here {tuple(variable.shape)}. "
-                "Was it trained with another --preset or --filters?"
-            )
+    """Raise CheckpointError where a checkpoint's weights are not those of a network, by name and shape."""
+    here = {name: variable.shape.as_list() for name, variable in _parameters(network).items()}
+    there = {
+        key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key.startswith(("weights/", "biases/"))
+    }
+    for name in {**here, **there}:
+        was, now = there.get(name), here.get(name)
+        if was != now and name == "weights/policy" and was and now:
+            raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
+        if was != now:
+            why = "Was it trained with another --preset, --filters or --subtract_background?"
+            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
@@ -232,48 +218,69 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
     network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(_INPUT, 0)))
     check_fits(tensors, network, path)
-    for kind, layer, variable in _parameters(network):
-        variable.assign(tensors[f"{kind}/{layer}{_KEY}"])
+    for name, variable in _parameters(network).items():
+        variable.assign(tensors[name + _KEY])
     return network, saved_iteration(tensors, path)
 
 
-def _parameters(network: ActorCritic) -> Iterator[tuple[str, str, tf.Variable]]:
-    """Yield kind, layer and variable of each parameter; the first two make its name in a checkpoint."""
-    for kind, variables in (("weights", network.weights), ("biases", network.biases)):
-        for layer, variable in variables.items():
-            yield kind, layer, variable
+def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
+    return {f"{kind}/{layer}": v for kind in ("weights", "biases") for layer, v in getattr(network, kind).items()}
 
 
 def resolve(path: str) -> str:
-    """Return the checkpoint that `path` means: a checkpoint, its `.index` or data file, or the folder around it.
+    """Return the checkpoint that `path` means: itself, that of an `.index` or data file, or the newest of a folder.
 
     Raises:
-      CheckpointError: there is none; lists what is there.
+      CheckpointError: there is none; lists what is there. UserError: TensorFlow could not read this path.
     """
+    path = os.path.expanduser(path)
+    check_path("model", path)
     for suffix in (_INDEX, _DATA):
         path = path.removesuffix(suffix)
     if os.path.exists(path + _INDEX):
         return path
-    if os.path.isdir(path):
-        found = all_checkpoints(path)
-        if found:
-            return found[0]
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    there = ", ".join(all_checkpoints(folder)) or "no checkpoint there"
-    raise CheckpointError(f"no checkpoint {path}. In {folder}: {there}")
+    found = all_checkpoints(folder)
+    if found and folder == path:
+        return found[0]
+    raise CheckpointError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
 
 
 def all_checkpoints(folder: str) -> list[str]:
-    """Return the folder's checkpoints: `last.ckpt` first if it is there, then the numbered ones, newest first."""
-    last = os.path.join(folder, LAST)
-    return ([last] if os.path.exists(last + _INDEX) else []) + numbered(folder)
+    """Return the folder's checkpoints, newest first; `last.ckpt`, which a run replaces, after its equals."""
+    last, found = os.path.join(folder, LAST), numbered(folder)
+    if os.path.exists(last + _INDEX):
+        place = len(found)
+        with contextlib.suppress(CheckpointError):
+            saved = saved_iteration(read(last))
+            place = sum(_number(path) >= saved for path in found)
+        found.insert(place, last)
+    return found
 
 
 def numbered(folder: str) -> list[str]:
     """Return the paths of the folder's `model.ckpt-N`, newest first."""
     found = glob.glob(os.path.join(glob.escape(folder), f"model.ckpt-*{_INDEX}"))
     paths = [name.removesuffix(_INDEX) for name in found if name.removesuffix(_INDEX).rpartition("-")[2].isdecimal()]
-    return sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
+    return sorted(paths, key=_number, reverse=True)
+
+
+def _number(path: str) -> int:
+    return int(path.rpartition("-")[2])
+
+
+def _name(path: str, new: str, function: Callable[[str, str], None]) -> None:
+    """Give a checkpoint another name; who is killed meanwhile leaves none of that name rather than a damaged one."""
+    _remove(new)
+    for suffix in (_DATA, _INDEX):
+        function(path + suffix, new + suffix)
+
+
+def _link(old: str, new: str) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(old, new)
 
 
 def _remove(path: str) -> None:

@@ -20,7 +20,7 @@ import gymnasium
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 
-from startup import available_cores, tf
+from startup import UserError, available_cores, tf
 
 FRAME_SIZE = 84  # height and width of a frame, pixels
 
@@ -38,6 +38,9 @@ class Game(NamedTuple):
     random_frameskip: bool  # whether training draws it too
     repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
     max_frames: int  # emulator frames after which a game is cut off
+    max_pool: bool  # whether a frame is the maximum of the last two of its step
+    noop_max: int  # most emulator frames without an action before a game begins, drawn anew for each
+    fire_reset: bool  # whether the first of them presses FIRE, where the game has that
     num_actions: int
     background: int  # grey level, 0..255, of most of the screen in play
 
@@ -48,29 +51,42 @@ class Game(NamedTuple):
             low, high = self.frameskip_range
             how = "on average, drawn from" if self.random_frameskip else "the mean of this id's random"
             skip += f" ({how} {low}..{high})"
-        return f"{self.id}: {self.num_actions} actions, {skip}, sticky actions {self.repeat_action_probability:g}"
+        skip += f", sticky actions {self.repeat_action_probability:g}" + ", maximum of two frames" * self.max_pool
+        skip += f", up to {self.noop_max} no-ops" * bool(self.noop_max) + ", FIRE at the start" * self.fire_reset
+        return f"{self.id}: {self.num_actions} actions, {skip}"
 
 
-def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool = False) -> Game:
+def find_game(
+    game_id: str,
+    frameskip: int | None = None,
+    random_frameskip: bool = False,
+    max_pool: bool = False,
+    noop_max: int = 0,
+    fire_reset: bool = False,
+) -> Game:
     """Look up an Atari game such as `Breakout-v0`, `SpaceInvaders-v4` or `ALE/MsPacman-v5`.
 
     Training uses `frameskip` in place of the game's own; without it, `random_frameskip` makes training draw it anew
-    for every step where the id does so.
+    for every step where the id does so. The last three are as in `Game`.
 
     Raises:
-      ValueError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games.
+      UserError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games. Or
+        `max_pool` where training takes single frames.
     """
     atari = [key for key, spec in gymnasium.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
     if game_id not in atari:
         nearest = difflib.get_close_matches(game_id, atari, n=3, cutoff=0.4) or ["Breakout-v0", "ALE/Pong-v5"]
         kind = "is not an Atari game" if game_id in gymnasium.registry else "is not known"
-        raise ValueError(f"game = {game_id!r} {kind}. Did you mean {', '.join(nearest)}?")
+        raise UserError(f"game = {game_id!r} {kind}. Did you mean {', '.join(nearest)}?")
     settings = gymnasium.spec(game_id).kwargs
     frameskip, frameskip_range = frameskip or settings["frameskip"], None
     if not isinstance(frameskip, int):
         frameskip_range = (frameskip[0], frameskip[1] - 1)
         frameskip = round(sum(frameskip_range) / 2)
-    env = make_watching_env(game_id)
+    random_frameskip = random_frameskip and frameskip_range is not None
+    if max_pool and (random_frameskip or frameskip == 1):  # the games in C++ then see one frame at a time
+        raise UserError(f"max_pool = True: {game_id} would be played frame by frame here; set frameskip = 2 or more")
+    env = _make(game_id)
     num_actions, background = int(env.action_space.n), _background(env)
     env.close()
     return Game(
@@ -78,9 +94,12 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
         rom=settings["game"],
         frameskip=frameskip,
         frameskip_range=frameskip_range,
-        random_frameskip=random_frameskip and frameskip_range is not None,
+        random_frameskip=random_frameskip,
         repeat_action_probability=settings["repeat_action_probability"],
         max_frames=settings["max_num_frames_per_episode"],
+        max_pool=max_pool,
+        noop_max=noop_max,
+        fire_reset=fire_reset,
         num_actions=num_actions,
         background=background,
     )
@@ -111,9 +130,9 @@ def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.
         img_width=FRAME_SIZE,
         grayscale=True,
         stack_num=1,  # the history is kept beside the network, so that only the newest frame travels
-        maxpool=False,
-        noop_max=0,
-        use_fire_reset=False,  # the agent learns to fire, as in the original
+        maxpool=game.max_pool,
+        noop_max=game.noop_max + 1,  # it draws less than this
+        use_fire_reset=game.fire_reset,
         reward_clipping=False,  # its default hides the score
         autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
     )
@@ -150,15 +169,57 @@ class RandomFrameSkip(gymnasium.vector.VectorWrapper):
         return frame, rewards, ended, cut, info
 
 
-def make_watching_env(game_id: str, render_mode: str | None = None, frameskip: int | None = None) -> gymnasium.Env:
-    """Build the registered environment as it is, with its random frame-skip unless `frameskip` is given.
+def make_watching_env(game: Game, render_mode: str | None = None) -> gymnasium.Env:
+    """Build the registered environment with its own frame-skip, be it random, unless the game was found with another.
 
-    Observations are grey, [210, 160] uint8.
+    Observations are grey, [210, 160] uint8. How a game begins and what a frame is are as in training.
     """
-    changed = {"frameskip": frameskip} if frameskip else {}
+    low, high = game.frameskip_range or (game.frameskip, game.frameskip)
+    if game.max_pool or game.noop_max or game.fire_reset:
+        return FrameByFrame(_make(game.id, render_mode=render_mode, frameskip=1), game, low, high)
+    return _make(game.id, render_mode=render_mode, frameskip=low if low == high else (low, high + 1))
+
+
+def _make(game_id: str, **changes) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium advises v5 over the v0 that the original's results are for
-        return gymnasium.make(game_id, obs_type="grayscale", render_mode=render_mode, **changed)
+        return gymnasium.make(game_id, obs_type="grayscale", **changes)
+
+
+class FrameByFrame(gymnasium.Wrapper):
+    """Begins a game and makes its steps as `AtariVectorEnv` does it in C++ (`preprocessed_env.cpp` of ale-py).
+
+    Args:
+      env: the game with a frame-skip of one; observations [H, W] uint8.
+      game: how it begins and what a frame is.
+      low, high: the least and the most frames of a step.
+    """
+
+    def __init__(self, env: gymnasium.Env, game: Game, low: int, high: int):
+        super().__init__(env)
+        self.game, self.low, self.high = game, low, high
+
+    def reset(self, *, seed=None, options=None):
+        """Start a game and let its first frames pass: FIRE, if it is asked for, counts as one of the no-ops."""
+        screen, info = self.env.reset(seed=seed, options=options)
+        actions = self.unwrapped.get_action_meanings()
+        first = [actions.index("FIRE")] if self.game.fire_reset and "FIRE" in actions else []
+        for action in first + [0] * (int(self.np_random.integers(self.game.noop_max + 1)) - len(first)):
+            screen, _, terminated, truncated, info = self.env.step(action)
+            if terminated or truncated:
+                screen, info = self.env.reset()
+        return screen, info
+
+    def step(self, action):
+        """Return the last screen of the step or the maximum of its last two, and the sum of the rewards."""
+        screens, score, ended, cut = [], 0.0, False, False
+        for _ in range(self.np_random.integers(self.low, self.high + 1)):
+            screen, reward, ended, cut, info = self.env.step(action)
+            screens.append(screen)
+            score += reward
+            if ended or cut:
+                break
+        return np.max(screens[-2:], axis=0) if self.game.max_pool else screen, score, ended, cut, info
 
 
 def preprocess(screen: np.ndarray) -> np.ndarray:

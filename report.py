@@ -1,88 +1,66 @@
 """How a run is reported: the progress bar and its lines, `progress.csv`, TensorBoard."""
 
-import collections
 import contextlib
 import csv
-import dataclasses
+import glob
 import math
 import os
-import sys
 import time
 
 import numpy as np
 from tqdm import tqdm
 
 from network import Losses
-from startup import reason, tf
+from startup import Background, UserError, refusing, tf
 
+# Columns of progress.csv -> tags of TensorBoard: the original's seven, so that old and new runs overlay, and two more.
 # Averages and rates are over the `summary_period` updates up to the row; scores are raw, the last whole game of each
 # environment; `seconds` counts training over all resumes.
-COLUMNS = (
-    "iteration",
-    "agent_steps",
-    "episodes",
-    "seconds",
-    "average_score",
-    "maximum_score",
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "gradient_norm",
-    "learning_rate",
-    "steps_per_second",
-)
-# Column -> TensorBoard tag: the original's seven, so that old and new runs overlay, and two more.
-TAGS = {
-    "learning_rate": "learning_rate",
-    "policy_loss": "policy_loss",
-    "entropy": "entropy_loss",
-    "value_loss": "value_loss",
+COLUMNS = {
+    "iteration": None,
+    "agent_steps": None,
     "episodes": "total_episodes",
+    "seconds": None,
     "average_score": "average_rewards",
     "maximum_score": "maximum_rewards",
-    "steps_per_second": "steps_per_second",
+    "policy_loss": "policy_loss",
+    "value_loss": "value_loss",
+    "entropy": "entropy_loss",
     "gradient_norm": "gradient_norm",
+    "learning_rate": "learning_rate",
+    "steps_per_second": "steps_per_second",
 }
 
 
 class Report:
-    """Reports one run. Threads call `add`; everything else is for the main thread. Use it in a `with` block."""
+    """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
 
-    def __init__(self, config, progress):
-        self.config, self.progress = config, progress
-        self.rows = collections.deque()  # finished, not yet written
+    The groups' threads call `add`, the main thread everything else. Raises UserError if a file cannot be written.
+    """
+
+    def __init__(self, config, progress, check_folder=lambda: None):
+        self.config, self.progress, self.check_folder = config, progress, check_folder
         self.losses = []  # since the last row
         self.first_update = None  # when
         self.row_time, self.row_steps = None, 0  # of the last row
-        self.recent = collections.deque(maxlen=50)  # (seconds, agent steps), the last 10 s at 5 a second
-        path = os.path.join(config.log_dir, "progress.csv")
-        _cut_off(path, progress.iteration)
-        self.csv_file = open(path, "a", newline="")  # noqa: SIM115
-        self.csv = csv.DictWriter(self.csv_file, COLUMNS)
-        if self.csv_file.tell() == 0:
-            self.csv.writeheader()
-        lines = [f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items()]
-        with self._writing():
-            self.by_step = tf.summary.create_file_writer(config.log_dir)
-            self.by_episode = tf.summary.create_file_writer(os.path.join(config.log_dir, "per-eps"))
-            with self.by_step.as_default():
-                tf.summary.text("config", "\n".join(["| name | value |", "| --- | --- |", *lines]), progress.iteration)
+        self.refusal = f"cannot write the report in {config.log_dir}"
+        with refusing(self.refusal):
+            path = os.path.join(config.log_dir, "progress.csv")
+            rows = _cut_off(path, progress.iteration)
+            self.csv_file = open(path, "a", newline="")  # noqa: SIM115
+            self.curves = {}  # column of the x axis -> TensorBoard's writer
+            for axis, folder in (("iteration", config.log_dir), ("episodes", os.path.join(config.log_dir, "per-eps"))):
+                start = int(rows[-1][axis]) if rows else 0
+                _forget_from(start, folder)
+                self.curves[axis] = tf.summary.create_file_writer(folder)
+                for row in rows:
+                    if int(row[axis]) >= start:
+                        self._add_point(axis, row)
+        # There is no bar where stderr is a file: the lines would follow its carriage returns.
         self.bar = tqdm(
-            total=config.max_iteration,
-            initial=progress.iteration,
-            unit="it",
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
+            total=config.max_iteration, initial=progress.iteration, unit="it", dynamic_ncols=True, disable=None
         )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-        for file in (self.csv_file, self.by_step, self.by_episode):
-            with contextlib.suppress(OSError, tf.errors.OpError):  # every row is on the disk, or has raised
-                file.close()
+        self.background = Background(take=self._write)
 
     def add(self, losses: Losses) -> None:
         """Count one update; the caller holds the progress lock. Makes a row every `summary_period` updates."""
@@ -105,67 +83,77 @@ class Report:
             "learning_rate": self.config.learning_rate_at(progress.iteration - 1),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }
-        self.rows.append(row)
+        self.background.write(row)
         self.losses, self.row_time, self.row_steps = [], now, progress.agent_steps
 
     def show(self) -> None:
-        """Bring the bar up to date and write the rows that have been made since."""
-        while self.rows:
-            self._write_row(self.rows.popleft())
+        """Bring the bar up to date, and look after the folder."""
+        if self.background.items.empty():
+            self.background.write({})
         progress, scores = self.progress, self.progress.recent_scores()
-        self.recent.append((time.monotonic(), progress.agent_steps))
-        (then, steps_then), (now, steps) = self.recent[0], self.recent[-1]
-        parts = [
-            f"{(steps - steps_then) / (now - then):,.0f} steps/s" if now > then else "",
-            f"{progress.episodes:,} games",
-        ]
-        if scores.size:
-            parts.append(f"score {scores.mean():.1f}, max {scores.max():.0f}")
-        self.bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
+        score = f", score {scores.mean():.1f}, max {scores.max():.0f}" if scores.size else ""
+        self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
         self.bar.update(progress.iteration - self.bar.n)
 
-    def status(self, text: str) -> None:
-        """Say in front of the bar what is going on."""
-        self.bar.set_description_str(text)
+    def check(self) -> None:
+        """Raise the UserError of what could not be written."""
+        if self.background.failure:
+            raise self.background.failure
 
-    def write(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.bar.write(text)
-        sys.stdout.flush()
+    def close(self) -> None:
+        """Write what is left, for 2 s at most."""
+        self.background.close(2)
+        self.show()
+        self.bar.close()
 
-    @contextlib.contextmanager
-    def _writing(self):
-        """Raise an OSError that names the folder where the block cannot write into it."""
-        try:
-            yield
-        except (OSError, tf.errors.OpError) as error:
-            raise OSError(f"cannot write the report in {self.config.log_dir}: {reason(error)}") from error
+    def _write(self, row: dict) -> None:
+        """Write a row, unless it is empty, into the folder, if it still is there."""
+        self.check_folder()
+        if row:
+            cells = {k: x if isinstance(x, int) else f"{x:.6g}" if abs(x) < 1e5 else f"{x:.2f}" for k, x in row.items()}
+            with refusing(self.refusal):
+                csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
+                self.csv_file.flush()
+                for axis in self.curves:
+                    self._add_point(axis, row)
+            tqdm.write(
+                "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
+                "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
+                "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
+            )
 
-    def _write_row(self, row: dict) -> None:
-        cells = {name: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for name, v in row.items()}
-        with self._writing():
-            self.csv.writerow(cells)
-            self.csv_file.flush()
-            for writer, step in ((self.by_step, row["iteration"]), (self.by_episode, row["episodes"])):
-                with writer.as_default(step):
-                    for column, tag in TAGS.items():
-                        tf.summary.scalar(tag, row[column])
-                    writer.flush()
-        self.write(
-            "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
-            "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
-            "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
-        )
+    def _add_point(self, axis: str, row: dict) -> None:
+        with self.curves[axis].as_default(int(row[axis])):
+            for column, tag in COLUMNS.items():
+                if tag and not math.isnan(value := float(row[column])):
+                    tf.summary.scalar(tag, value)
+        self.curves[axis].flush()
 
 
-def _cut_off(path: str, iteration: int) -> None:
-    """Drop the rows after `iteration`: the run goes on from there, and the curve stays a function of its axis."""
-    if not os.path.exists(path):
-        return
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["steps_per_second"] and int(row["iteration"]) <= iteration]
+def _cut_off(path: str, iteration: int) -> list[dict]:
+    """Drop a file's rows after `iteration`, because the run goes on from there; return those that stay."""
+    rows = []
+    try:
+        with contextlib.suppress(FileNotFoundError), open(path, newline="") as file:
+            rows = [r for r in csv.DictReader(file) if r["steps_per_second"] and int(r["iteration"]) <= iteration]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
     with open(path + ".new", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(path + ".new", path)
+    return rows
+
+
+def _forget_from(step: int, folder: str) -> None:
+    """Take what a killed run noted from this step on out of the folder's TensorBoard files."""
+    os.makedirs(folder, exist_ok=True)
+    for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        unfinished = os.path.join(folder, ".unfinished.events")
+        with tf.io.TFRecordWriter(unfinished) as file, contextlib.suppress(tf.errors.DataLossError):  # killed in it
+            for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(record)
+                if event.step < step or not event.HasField("summary"):
+                    file.write(record)
+        os.replace(unfinished, path)

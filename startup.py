@@ -1,28 +1,41 @@
-"""What every command does first: check the packages, import TensorFlow quietly, choose the device."""
+"""What every command does first and last: packages, a quiet import, the device; output, signals, the end."""
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
+import queue
 import re
+import signal
 import sys
 import tempfile
-import time
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-STARTED = time.monotonic()  # of the command
+for _name in ("stdin", "stdout", "stderr"):
+    if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
+        setattr(sys, _name, open(os.devnull, "r" if _name == "stdin" else "w"))  # noqa: SIM115
 
-# Package -> the oldest version that works; the same bounds as in requirements.txt.
-REQUIRED = {
-    "numpy": "1.26",
-    "tensorflow": "2.21",
-    "tensorboard": "2.20",
-    "gymnasium": "1.2",
-    "ale-py": "0.12",
-    "pillow": "10.0",
-    "tqdm": "4.66",
-    "matplotlib": "3.8",
-    "av": "13.0",
-}
+_requirements = Path(__file__).with_name("requirements.txt").read_text()
+REQUIRED = dict(re.findall(r"(?m)^([\w-]+)>=([\d.]+)", _requirements))  # package -> the oldest version that works
+# Ctrl-C; kill; a closed window; time is over, or soon (batch systems); Ctrl-\\. Windows has the first two.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGQUIT")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+
+
+class UserError(ValueError):
+    """A refusal of this program; its message says in one line what to change. All else shows Python's own traceback."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise a UserError of `what` and the reason where the system or TensorFlow refuses something inside the block."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
@@ -43,60 +56,154 @@ def _major_minor(version: str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """Hold back what C++ writes to stderr inside the block; show it all the same if the block fails."""
-    sys.stderr.flush()
+    """Drop what C++ writes to stderr inside the block; exceptions come through."""
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as held_back:
-        os.dup2(held_back.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held_back.seek(0)
-            os.write(kept, held_back.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 check_packages()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # else off where the CPU lacks AVX512-VNNI: a third slower
-with _quiet_stderr():  # the import prints a dozen lines before any log level applies
-    import tensorflow as tf
-tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+
+
+def __getattr__(name: str):
+    """Import TensorFlow at the first `from startup import tf`: plot.py does without it, in a second instead of six."""
+    global tf
+    if name != "tf":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # a read-only system: TensorFlow asks for a name and writes nothing
+        tempfile.tempdir = os.curdir
+    with _quiet_stderr():  # the import prints a dozen lines before any log level applies
+        import tensorflow as tf
+    tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
+    return tf
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, by its CPU mask and the quotas of Linux' control groups around it."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)  # of version 1 or 2
+        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
+        if controllers in ("", "cpu") or controllers.startswith("cpu,"):
+            for place in (folder, *folder.parents):  # inside a container the folder itself may not be there
+                with contextlib.suppress(OSError, ValueError):  # no file, or "max"
+                    quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
+                    cores.append(math.ceil(quota / period) if quota > 0 else cores[0])  # without a limit it is -1
+    return min(cores)
 
 
-def choose_device(device: str, num_groups: int) -> str:
+def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name; set TensorFlow up for it and for the groups.
 
-    Call it once, before anything is computed: thread counts cannot change afterwards.
+    It sees no other GPU afterwards. Where TensorFlow is already at work, its threads and GPUs stay as they are.
 
     Raises:
-      ValueError: `device` is not one of those names, or there is no such GPU.
+      UserError: `device` is not one of those names, or there is no such GPU.
     """
     kind, _, number = device.lower().partition(":")
     if kind not in ("auto", "cpu", "gpu") or (number and (kind != "gpu" or not number.isdecimal())):
-        raise ValueError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
+        raise UserError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
     with _quiet_stderr():  # without a driver it prints an error on its way to "no GPU"
         gpus = tf.config.list_physical_devices("GPU")
     if kind == "gpu" and len(gpus) <= int(number or 0):
-        raise ValueError(
+        raise UserError(
             f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
             "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
         )
-    # The groups compute at once: one operation takes no more than its group's share of the cores. And a group that
-    # waits for its games inside the graph occupies a thread, beside those that compute.
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
-    tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    return f"/GPU:{number or 0}" if gpus and kind != "cpu" else "/CPU:0"
+    wanted = [] if kind == "cpu" else gpus[int(number or 0) :][:1]
+    try:
+        tf.config.set_visible_devices(wanted, "GPU")  # TensorFlow takes memory on every GPU that it sees
+        for gpu in wanted:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        # The groups compute at once: one operation takes no more than its group's share of the cores. And a group
+        # that waits for its games inside the graph occupies a thread, beside those that compute.
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
+        tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
+    except RuntimeError:
+        print("TensorFlow was already at work in this process: its threads and GPUs stay as they were set up")
+    visible = tf.config.get_visible_devices("GPU")
+    return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
+
+
+class Background:
+    """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
+
+    It is a text stream that stands for `stream`; or else `take` is called with each item. It keeps the first `failure`.
+    """
+
+    def __init__(self, stream=None, take: Callable | None = None):
+        self.take = take or (lambda text: print(text, end="", file=stream, flush=True))
+        self.stream, self.items, self.failure = stream, queue.SimpleQueue(), None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)  # isatty, encoding, fileno
+
+    def write(self, item) -> None:
+        """Let the thread take `item`, unless so many wait that it takes none."""
+        if self.items.qsize() < 10_000:
+            self.items.put(item)
+
+    def flush(self) -> None:
+        """Do nothing: the thread flushes each text."""
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Let the thread take what is left, for so long at most."""
+        self.items.put(None)
+        self.thread.join(seconds)
+
+    def _work(self) -> None:
+        for item in iter(self.items.get, None):
+            try:
+                self.take(item)
+            except Exception as error:
+                self.failure = self.failure or error
+
+
+@contextlib.contextmanager
+def safe_output() -> Iterator[None]:
+    """Let the block print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk."""
+    one_place = False
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
+        one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    out = Background(sys.stdout)
+    errors = out if one_place else Background(sys.stderr)  # one keeps the order
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            out.close()
+            errors.close()
+
+
+@contextlib.contextmanager
+def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each signal that asks the block to end; give the handlers back afterwards.
+
+    A signal that was ignored before, as by `nohup`, stays ignored. Outside the main thread none can be handled.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
+                before[number] = signal.signal(number, lambda number, _: handle(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose_dtype(compute_dtype: str, device: str) -> str:

@@ -84,14 +84,13 @@ class Bench:
             open(os.devnull, "w") as nowhere,
             contextlib.redirect_stdout(nowhere),
             contextlib.redirect_stderr(nowhere),
-            Report(self.config, self.progress) as self.report,
+            contextlib.closing(Report(self.config, self.progress)) as self.report,
         ):
             for thread in threads:
                 thread.start()
             warm = WARM_UP_UPDATES * len(agents)
             end = None
             while (end is None or time.monotonic() < end) and not coordinator.wait_for_stop(0.2):
-                self.report.show()
                 if end is None and len(self.times) > warm:
                     end = time.monotonic() + seconds
             coordinator.request_stop()

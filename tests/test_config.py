@@ -17,7 +17,7 @@ SWITCHES = [name for name, kind in FIELDS.items() if kind == "bool"]
 COUNTS = [name for name, kind in FIELDS.items() if kind.startswith("int")]
 NUMBERS = [name for name in FIELDS if name not in TEXTS + SWITCHES]
 OPTIONAL = [name for name, kind in FIELDS.items() if "None" in kind]
-MAY_BE_ZERO = ["random_seed", "entropy_beta", "value_weight", "decay", "gae_lambda"]
+MAY_BE_ZERO = ["random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda"]
 FACTORS = ["discount_factor", "decay", "gae_lambda"]
 
 WRONG = (
@@ -44,15 +44,19 @@ def test_defaults_are_the_originals():
     config.stall_timeout = config.device = None  # not in the original
     assert dataclasses.asdict(config) == {
         "game": "Breakout-v0",
-        "log_dir": os.path.join("log", "Breakout-v0"),
+        "log_dir": "",
         "device": None,
         "random_seed": 113,
         "num_threads": 4,
         "agents_per_thread": 64,
         "unroll_step": 5,
-        "frameskip": None,
         "max_iteration": 1_000_000,
+        "max_agent_steps": None,
+        "frameskip": None,
         "random_frameskip": False,
+        "max_pool": False,
+        "noop_max": 0,
+        "fire_reset": False,
         "discount_factor": 0.99,
         "gae_lambda": 1.0,
         "life_loss_ends_return": False,
@@ -118,7 +122,7 @@ def test_one_is_the_most_for_a_factor(name):
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_clips_and_the_frameskip_can_be_none_and_nothing_else(name):
-    assert OPTIONAL == ["frameskip", "reward_clip", "annealing", "grad_clip", "global_clip"]
+    assert OPTIONAL == ["max_agent_steps", "frameskip", "reward_clip", "annealing", "grad_clip", "global_clip"]
     assert getattr(Config(**{name: None}), name) is None
     assert getattr(parse(f"--{name}", "none"), name) is None
     assert getattr(parse(f"--{name}=None"), name) is None
@@ -144,8 +148,11 @@ def test_numbers_have_the_type_of_their_field(name):
 
 
 def test_log_dir_is_named_after_the_game_unless_it_is_given():
-    assert Config(game="ALE/Pong-v5").log_dir == os.path.join("log", "ALE/Pong-v5")
-    assert Config(game="ALE/Pong-v5", log_dir="here").log_dir == "here"
+    assert Config(game="ALE/Pong-v5").folder == os.path.join("log", "ALE/Pong-v5")
+    assert Config(game="ALE/Pong-v5", log_dir="here").folder == "here"
+    config = Config()
+    config.game = "Pong-v0"
+    assert config.folder == os.path.join("log", "Pong-v0")
 
 
 # Flags.

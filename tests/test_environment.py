@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import types
 
 import gymnasium
 import numpy as np
@@ -42,7 +43,8 @@ def native():
 def test_game_has_the_settings_of_its_registration(
     game_id, rom, frameskip, frameskip_range, sticky, num_actions, background
 ):
-    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000, num_actions, background)
+    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000)
+    expected += (False, 0, False, num_actions, background)
     assert tuple(find_game(game_id)) == expected
     assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
     assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
@@ -98,23 +100,54 @@ def test_preprocess_keeps_white_white():
     np.testing.assert_array_equal(environment.preprocess(np.full([210, 160], 255, np.uint8)), np.full([84, 84], 255))
 
 
+def watched(game, monkeypatch, noops=0):
+    """Build the environment to watch a game in, without sticky actions; each game begins after so many no-ops."""
+    make = gymnasium.make
+    monkeypatch.setattr(gymnasium, "make", lambda *a, **k: make(*a, **k, repeat_action_probability=0.0))
+    env = environment.make_watching_env(game._replace(frameskip_range=None))
+    monkeypatch.setattr(
+        gymnasium.Wrapper, "np_random", types.SimpleNamespace(integers=lambda low, *high: low if high else noops)
+    )
+    return env
+
+
+FRAMES = {"max_pool": True, "noop_max": 5, "fire_reset": True}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Gymnasium's, of v0
-@pytest.mark.parametrize("game_id", ["Breakout-v0", "Pong-v0", "SpaceInvaders-v4"])
-def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, game_id):
+@pytest.mark.parametrize(
+    "game_id, changes",
+    [
+        ("Breakout-v0", {}),
+        ("Pong-v0", {}),
+        ("SpaceInvaders-v4", {}),
+        *(
+            pytest.param(game_id, FRAMES, marks=pytest.mark.row(n=37))
+            for game_id in ("ALE/Asteroids-v5", "SpaceInvaders-v4")
+        ),
+        pytest.param("ALE/MsPacman-v5", {"max_pool": True}, marks=pytest.mark.row(n=37)),
+        pytest.param("Pong-v0", {"noop_max": 30}, marks=pytest.mark.row(n=37)),
+    ],
+)
+def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, monkeypatch, game_id, changes):
     """Without sticky actions and with one frame-skip both play the same game: up to one grey level, for 200 steps."""
-    game = find_game(game_id)
-    envs = native(game_id, repeat_action_probability=0.0)
-    watching = gymnasium.make(game_id, obs_type="grayscale", frameskip=game.frameskip, repeat_action_probability=0.0)
-    frame, _ = envs.reset(seed=3)
-    screen, _ = watching.reset(seed=3)
+    game = find_game(game_id, **changes)
+    envs = native(game_id, repeat_action_probability=0.0, **changes)
+    frame, info = envs.reset(seed=3)
+    watching = watched(game, monkeypatch, noops=int(info["episode_frame_number"][0]))
+    screen, same_info = watching.reset(seed=3)
+    assert same_info["episode_frame_number"] == info["episode_frame_number"][0]
     rng = np.random.default_rng(1)
     differences, paid = [np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max()], 0
     for step in range(200):
         action = int(rng.integers(game.num_actions))
         frame, reward, terminated, _, info = envs.step(np.array([action]))
         screen, same_reward, same_terminated, _, same_info = watching.step(action)
-        assert (reward[0], terminated[0], info["lives"][0]) == (same_reward, same_terminated, same_info["lives"])
         paid += abs(same_reward)
+        assert (reward[0], terminated[0]) == (same_reward, same_terminated)
+        if terminated[0]:  # and the game of training has begun anew
+            break
+        assert info["lives"][0] == same_info["lives"]
         if step % 8 == 0:
             differences.append(np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max())
     watching.close()
@@ -123,8 +156,44 @@ def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, game
     assert max(differences) <= 1
 
 
+@pytest.mark.row(n=37)
+@pytest.mark.parametrize("max_pool, seen", [(False, False), (True, True)])
+def test_asteroids_are_seen_where_a_frame_is_the_maximum_of_two(native, max_pool, seen):
+    """The console draws the asteroids and the ship in turns: every fourth frame shows none of them, or only them."""
+    envs = native("ALE/Asteroids-v5", max_pool=max_pool)
+    envs.reset(seed=1)
+    bright = [np.sum(envs.step(np.array([0]))[0] > 30) for _ in range(30)][10:]  # the ship has 50 pixels
+    assert min(bright) > 200 if seen else max(bright) < 100
+
+
+@pytest.mark.row(n=37)
+@pytest.mark.parametrize("fire_reset, expected", [(False, {0, 1, 2, 3}), (True, {1, 2, 3})])
+def test_a_game_begins_after_up_to_noop_max_frames_in_training_and_in_watching(native, fire_reset, expected):
+    game = find_game("Breakout-v0", noop_max=3, fire_reset=fire_reset)
+    _, info = native("Breakout-v0", 30, noop_max=3, fire_reset=fire_reset).reset(seed=1)
+    with contextlib.closing(environment.make_watching_env(game)) as env:
+        watched = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in range(30)]
+    assert set(info["episode_frame_number"]) == set(watched) == expected
+
+
+@pytest.mark.row(n=37)
+def test_fire_is_not_pressed_in_a_game_without_it(native):
+    assert native("ALE/Freeway-v5", fire_reset=True).reset(seed=1)[1]["episode_frame_number"] == 0
+    with contextlib.closing(environment.make_watching_env(find_game("ALE/Freeway-v5", fire_reset=True))) as env:
+        assert env.reset(seed=1)[1]["episode_frame_number"] == 0
+
+
+@pytest.mark.row(n=37)
+def test_random_frameskip_and_the_maximum_of_two_frames_are_watched_together():
+    game = find_game("Breakout-v0", max_pool=True)
+    with contextlib.closing(environment.make_watching_env(game)) as env:
+        env.reset(seed=1)
+        frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
+    assert set(np.diff(frames)) == {2, 3, 4}
+
+
 def test_watching_environment_has_the_registered_random_frameskip():
-    env = environment.make_watching_env("Breakout-v0")
+    env = environment.make_watching_env(find_game("Breakout-v0"))
     screen, _ = env.reset(seed=1)
     frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
     env.close()
@@ -134,7 +203,7 @@ def test_watching_environment_has_the_registered_random_frameskip():
 
 
 def test_watching_environment_takes_another_frameskip():
-    with contextlib.closing(environment.make_watching_env("Breakout-v0", frameskip=3)) as env:
+    with contextlib.closing(environment.make_watching_env(find_game("Breakout-v0", frameskip=3))) as env:
         env.reset(seed=1)
         frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
     assert set(np.diff(frames)) == {3}

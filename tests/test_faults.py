@@ -891,7 +891,7 @@ def test_every_game_trains_for_three_updates_and_is_watched_for_fifty_steps(tmp_
     network, iteration = checkpoint.load_network(f"{tmp_path}/last.ckpt", find_game(game).num_actions)
     assert iteration == 3
     screens = []
-    with contextlib.closing(gymnasium.wrappers.TimeLimit(make_watching_env(game), 50)) as env:
+    with contextlib.closing(gymnasium.wrappers.TimeLimit(make_watching_env(find_game(game)), 50)) as env:
         score, _ = watching.play_game(env, network, seed=0, policy="softmax", epsilon=0.0, film=screens.append)
     assert np.isfinite(score)
     assert 1 <= len(screens) <= 50

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.figure import Figure
 from PIL import Image
 
 import plot
@@ -33,6 +34,27 @@ def test_run_without_a_finished_game_or_with_negative_scores_is_drawn(tmp_path, 
     draw(tmp_path)
     assert capfd.readouterr().err == ""
     assert Image.open(tmp_path / "scores.png").size == (1500, 450)
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Return the lists of lowest and highest score that pictures of scores show."""
+    seen, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (seen.append(self.axes[0].get_ylim()), save(self, *a, **k))
+    )
+    return seen
+
+
+def test_no_score_is_cut_off_be_it_negative_or_a_references(tmp_path, draw, limits):
+    header = (ROOT / SHIPPED / "progress.csv").read_text().splitlines()[0]
+    (tmp_path / "progress.csv").write_text(f"{header}\n5,1000,0,1.5,-20.5,-19,0,0,1,1,0.1,20\n")
+    draw(tmp_path)
+    assert limits[0][0] < -20.5 < -19 < limits[0][1]
+    (tmp_path / "points.csv").write_text("agent_steps,average_score,seconds\n500,7,nan\n9000,9000,nan\n9000,30,3600\n")
+    draw(tmp_path, "--reference", tmp_path / "points.csv")
+    assert 30 < limits[2][1] < 9000  # the third is seen by hours, the second nowhere
+    assert limits[2][0] < -20.5
 
 
 def test_several_runs_and_a_reference_are_drawn_into_the_folder_asked_for(tmp_path, draw):
@@ -67,5 +89,5 @@ def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(
 
 
 def test_run_that_is_not_there_is_named(tmp_path, draw):
-    with pytest.raises(SystemExit, match=r"^plot\.py: error: no [^\n]*nothing[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^plot\.py: error: cannot read [^\n]*nothing[^\n]*$"):
         draw(tmp_path / "nothing")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from fractions import Fraction
 
 import av
 import gymnasium
@@ -19,7 +20,7 @@ from async_agent import Progress
 from checkpoint import CheckpointError
 from environment import history_to_frames, preprocess
 from network import SharedNetwork
-from startup import tf
+from startup import UserError, tf
 
 spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
 watching = importlib.util.module_from_spec(spec)
@@ -46,7 +47,7 @@ def test_softmax_policy_draws_with_the_networks_probabilities():
 @pytest.mark.row(n=13)
 @pytest.mark.parametrize("policy", ["greedy", "softmax"])
 def test_logits_that_are_not_finite_are_refused(policy):
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         watching.choose_action(np.float32([0, np.nan]), policy, 0.0, np.random.default_rng(0))
 
 
@@ -75,12 +76,11 @@ class ScriptedGame(gymnasium.Env):
 def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
     histories, logits = [], np.eye(4, dtype=np.float32)
 
-    def act(history, seed):
+    def network(history):
         histories.append(history_to_frames(history)[0].numpy())
-        return tf.constant(logits[len(histories) % 4][None]), None, None
+        return tf.constant(logits[len(histories) % 4][None]), None
 
     game, filmed = ScriptedGame(), []
-    network = types.SimpleNamespace(act=act)
     score, lost_at = watching.play_game(game, network, seed=1, policy="greedy", epsilon=0.0, film=filmed.append)
     assert score == 1 - 2 + 4 - 8 + 16 + 32
     assert lost_at == [1 - 2, 1 - 2 + 4 - 8 + 16, score]
@@ -102,7 +102,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     progress = Progress(1, 1)
     progress.iteration = 7
-    checkpoint.Saver(str(folder), SharedNetwork(4, 0.99, seed=1), progress).save_last()
+    checkpoint.Saver(str(folder), SharedNetwork(4, 0.99, seed=1), progress).save()
     (folder / "config.json").write_text('{"game": "Breakout-v0"}')
     return folder
 
@@ -162,6 +162,18 @@ def test_another_frameskip_is_played_filmed_and_noted(main, tmp_path):
         assert video.streams.video[0].average_rate == 10
 
 
+@pytest.mark.parametrize("frameskip", [7, 121, 1000])
+def test_video_is_as_fast_as_the_game_whatever_the_frameskip(tmp_path, frameskip):
+    rate = Fraction(60, frameskip)
+    with watching.open_video(str(tmp_path / "play.mp4"), 210, 160, rate) as film:
+        for _ in range(3):
+            film(np.zeros([210, 160, 3], np.uint8))
+    with av.open(str(tmp_path / "play.mp4")) as video:
+        assert video.streams.video[0].average_rate == rate
+        times = [frame.time for frame in video.decode(video=0)]
+    np.testing.assert_allclose(np.diff(times), float(1 / rate), rtol=1e-4)
+
+
 def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_path, capsys):
     assert main("--iter=2", "--seed=5", "--epsilon=1", "--film=1") == 0
     first = results(tmp_path)["scores"]
@@ -182,10 +194,10 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
 
 
 @pytest.mark.row(n=9)
-def test_folder_of_a_run_is_taken_as_its_last_checkpoint(main, model, tmp_path, monkeypatch):
+def test_folder_of_a_run_is_taken_as_its_newest_checkpoint(main, model, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "play_game", lambda *_: (1.0, []))
     assert main(f"--model={model}", "--iter=1") == 0
-    assert results(tmp_path)["model"] == "last.ckpt"
+    assert results(tmp_path)["model"] == "model.ckpt-7"
 
 
 def test_interrupt_keeps_the_games_so_far(main, tmp_path, monkeypatch):
@@ -211,7 +223,9 @@ def test_missing_model_ends_with_one_line_that_lists_what_is_there(model, tmp_pa
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/last.ckpt, ")
+    assert line.startswith(
+        f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/model.ckpt-7, {model}/last.ckpt"
+    )
 
 
 @pytest.mark.row(n=10)
@@ -223,7 +237,7 @@ def test_model_of_another_number_of_actions_is_refused_with_both_numbers(main, n
 @pytest.mark.row(n=11)
 def test_model_of_something_else_is_refused(main, no_play, tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "last.ckpt"))
-    with pytest.raises(CheckpointError, match="not a checkpoint of this network"):
+    with pytest.raises(CheckpointError, match="is not of this network"):
         main(f"--model={path}", "--game=Breakout-v0")
 
 
@@ -238,7 +252,7 @@ def test_model_without_a_config_needs_the_game(main, no_play, model, tmp_path):
 def test_file_in_place_of_the_output_folder_is_an_error(main, no_play, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in ("file", "file/below"):
-        with pytest.raises(OSError, match="file"):
+        with pytest.raises(UserError, match="file"):
             main(f"--out={tmp_path / folder}")
 
 
@@ -256,7 +270,7 @@ def test_render_without_a_display_is_an_error_that_names_the_way_out(main, no_pl
 @pytest.mark.row(n=22)
 def test_missing_video_encoder_is_an_error_that_names_the_way_out(main, no_play, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
-    with pytest.raises(OSError, match="--film 0"):
+    with pytest.raises(UserError, match="--film 0"):
         main()
 
 
