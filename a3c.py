@@ -269,14 +269,11 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
         old = checkpoint.read_config(path)
         if old["game"] != config.game:
             raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
-        was, history = (
-            {name: old[name] for name in new if old.get(name, new[name]) != new[name]},
-            old.get("history", []),
-        )
+        history = old.get("history", [])
+        if was := {name: old[name] for name in new if old.get(name, new[name]) != new[name]}:  # until now
+            history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-        if was:  # until now
-            history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
     checkpoint.write_json(path, {**new, "given": given, "history": history})
 
 

@@ -139,21 +139,21 @@ class Saver:
         is of another network, or if every one is damaged.
         """
         self.remove_unfinished(warn)
-        paths, complete = all_checkpoints(self.folder), []
+        paths = all_checkpoints(self.folder)
         for path in paths:
             try:
                 tensors = read(path)
-                complete.append((saved_iteration(tensors, path), path, tensors))
+                saved_iteration(tensors, path)
             except CheckpointError as error:
                 warn(f"{error}; falling back to an earlier one")
-        if complete:
-            _, path, tensors = max(complete)  # by iteration, then by path, which no two share
+                continue
             check_fits(tensors, self.shared, path)
             self.checkpoint.read(path).assert_consumed()
             self.newest = path
-        elif paths:
+            return path
+        if paths:
             raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
-        return self.newest
+        return None
 
     def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
         """Remove what a killed or failed save left behind; a data file without its index is named to `warn`."""
@@ -234,14 +234,14 @@ def resolve(path: str) -> str:
 
 
 def all_checkpoints(folder: str) -> list[str]:
-    """Return the folder's checkpoints, newest first; `last.ckpt` goes before an equal one, and first if damaged."""
+    """Return the folder's checkpoints, newest first; `last.ckpt`, which a run replaces, after its equals."""
     last, found = os.path.join(folder, LAST), numbered(folder)
     if os.path.exists(last + _INDEX):
-        try:
+        place = len(found)
+        with contextlib.suppress(CheckpointError):
             saved = saved_iteration(read(last))
-            found.insert(sum(int(path.rpartition("-")[2]) > saved for path in found), last)
-        except CheckpointError:
-            found.insert(0, last)
+            place = sum(_number(path) >= saved for path in found)
+        found.insert(place, last)
     return found
 
 
@@ -249,7 +249,11 @@ def numbered(folder: str) -> list[str]:
     """Return the paths of the folder's `model.ckpt-N`, newest first."""
     found = glob.glob(os.path.join(glob.escape(folder), f"model.ckpt-*{_INDEX}"))
     paths = [name.removesuffix(_INDEX) for name in found if name.removesuffix(_INDEX).rpartition("-")[2].isdecimal()]
-    return sorted(paths, key=lambda path: int(path.rpartition("-")[2]), reverse=True)
+    return sorted(paths, key=_number, reverse=True)
+
+
+def _number(path: str) -> int:
+    return int(path.rpartition("-")[2])
 
 
 def _move(path: str, new: str) -> None:

@@ -151,7 +151,8 @@ def iterations(folder):
 
 
 def checkpoints(folder):
-    return [os.path.basename(path) for path in checkpoint.all_checkpoints(str(folder))]
+    names = [os.path.basename(path) for path in checkpoint.all_checkpoints(str(folder))]
+    return sorted(names, key=lambda name: name != "last.ckpt")  # which goes first, then the newest
 
 
 def last_iteration(folder):

@@ -184,10 +184,11 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_resumed(saved,
 
 @pytest.mark.row(n=8)
 def test_index_without_its_data_is_named_and_passed_over(saved, tmp_path):
-    (tmp_path / ("model.ckpt-30" + DATA)).unlink()
-    other = Run(tmp_path, seed=2)
-    assert other.resume() == str(tmp_path / "model.ckpt-20")
-    assert "model.ckpt-30" in other.warnings[0]
+    for name, resumed in (("model.ckpt-30", "last.ckpt"), ("last.ckpt", "model.ckpt-20")):
+        (tmp_path / (name + DATA)).unlink()
+        other = Run(tmp_path, seed=2)
+        assert other.resume() == str(tmp_path / resumed)
+        assert "model.ckpt-30" in "".join(other.warnings)
 
 
 @pytest.mark.row(n=8)
@@ -199,7 +200,7 @@ def test_resume_refuses_where_every_checkpoint_is_damaged(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
         other.resume()
     assert equal(other.state(), before)
-    assert len(other.warnings) == 3
+    assert len(other.warnings) == 4
 
 
 @pytest.mark.row(n=5)
@@ -369,9 +370,6 @@ def test_resolve_finds_the_checkpoint_behind_a_folder_an_index_and_a_data_file(s
     folder, path = str(tmp_path), str(tmp_path / "model.ckpt-20")
     assert [checkpoint.resolve(path + suffix) for suffix in ("", INDEX, DATA)] == [path] * 3
     assert checkpoint.resolve(folder) == str(tmp_path / "model.ckpt-30")
-    saved[0].update(31)
-    saved[0].saver.save()
-    assert checkpoint.resolve(folder) == str(tmp_path / "last.ckpt")
 
 
 @pytest.mark.row(n=9)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import av
@@ -71,16 +72,36 @@ def stale_last(tmp_path):
 @pytest.mark.row(n=27)
 def test_newest_checkpoint_of_a_folder_is_played_not_an_older_last(stale_last):
     assert checkpoint.load_network(checkpoint.resolve(str(stale_last)), 4)[1] == 20
-    (stale_last / "model.ckpt-20.index").unlink()
-    (stale_last / f"model.ckpt-20{DATA}").unlink()
-    assert checkpoint.resolve(str(stale_last)) == f"{stale_last}/last.ckpt"  # as new as model.ckpt-10
-
-
-@pytest.mark.row(n=27)
-def test_damaged_last_is_named_and_not_passed_over_without_a_word(stale_last):
+    for name in ("model.ckpt-20", "model.ckpt-10"):
+        for suffix in (INDEX, DATA):
+            (stale_last / (name + suffix)).unlink()
+    assert checkpoint.resolve(str(stale_last)) == f"{stale_last}/last.ckpt"
     (stale_last / f"last.ckpt{DATA}").write_bytes(b"")
     with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
         checkpoint.load_network(checkpoint.resolve(str(stale_last)), 4)
+
+
+@pytest.mark.row(n=27)
+def test_folder_of_a_run_that_saves_all_the_time_can_be_watched_at_any_moment(tmp_path):
+    run, over = Run(tmp_path, filters=4), threading.Event()
+
+    def save():
+        for iteration in itertools.count(1):
+            run.update(iteration)
+            run.saver.save()
+            if over.wait(0.05):
+                return
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        wait_for(lambda: checkpoint.numbered(str(tmp_path)))
+        seen = [checkpoint.load_network(checkpoint.resolve(str(tmp_path)), 4)[1] for _ in range(30)]
+    finally:
+        over.set()
+        thread.join()
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0]
 
 
 # Row 28: a run keeps its settings.
@@ -141,7 +162,7 @@ def test_preset_of_another_network_is_refused(play, tmp_path, main):
     before = config_of(tmp_path)
     status, _, errors = main(f"--log_dir={tmp_path}", "--num_threads=1", "--preset=fast")
     assert status == 1
-    assert "another network" in errors
+    assert "is not of this network" in errors
     assert config_of(tmp_path) == before
 
 

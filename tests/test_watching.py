@@ -194,10 +194,10 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
 
 
 @pytest.mark.row(n=9)
-def test_folder_of_a_run_is_taken_as_its_last_checkpoint(main, model, tmp_path, monkeypatch):
+def test_folder_of_a_run_is_taken_as_its_newest_checkpoint(main, model, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "play_game", lambda *_: (1.0, []))
     assert main(f"--model={model}", "--iter=1") == 0
-    assert results(tmp_path)["model"] == "last.ckpt"
+    assert results(tmp_path)["model"] == "model.ckpt-7"
 
 
 def test_interrupt_keeps_the_games_so_far(main, tmp_path, monkeypatch):
@@ -223,7 +223,9 @@ def test_missing_model_ends_with_one_line_that_lists_what_is_there(model, tmp_pa
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/last.ckpt, ")
+    assert line.startswith(
+        f"a3c-test.py: error: no checkpoint {model}/best.ckpt. In {model}: {model}/model.ckpt-7, {model}/last.ckpt"
+    )
 
 
 @pytest.mark.row(n=10)
