@@ -50,7 +50,7 @@ from a3c import Config
 from async_agent import GroupAgent, Progress
 from checkpoint import CheckpointError
 from environment import find_game, make_watching_env
-from network import ActorCritic, SharedNetwork
+from network import ActorCritic
 from startup import tf
 
 STEPS = 4 * 5  # agent steps of an update of a tiny run
@@ -444,8 +444,8 @@ def four_groups(monkeypatch):
                 super().__init__(index, *arguments)
                 agents.append(self)
                 if (place, index) == ("network step", group):
-                    act = self.network.act
-                    self.network.act = lambda *arguments: (fault_in_time(), act(*arguments))[1]
+                    rollout = self.rollout
+                    self.rollout = lambda *arguments: (fault_in_time(), rollout(*arguments))[1]
 
         save = checkpoint.Saver.save
 
@@ -559,21 +559,21 @@ def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(
     tmp_path, main, monkeypatch, iteration, kept, value
 ):
     def make(*arguments):
-        shared = SharedNetwork(*arguments)
-        apply, applied = shared.apply_gradients, []
+        agent = GroupAgent(*arguments)
+        update = agent.update
 
-        def apply_and_spoil(gradients, rate):
-            apply(gradients, rate)
-            applied.append(1)
-            if len(applied) == iteration:
-                shared.biases["policy"].assign(tf.fill([4], value))
+        def update_and_spoil(gradients, rate):
+            update(gradients, rate)
+            if agent.progress.iteration + 1 == iteration:
+                for network in (agent.shared, agent.network):
+                    network.biases["policy"].assign(tf.fill([4], value))
 
-        shared.apply_gradients = apply_and_spoil
-        return shared
+        agent.update = update_and_spoil
+        return agent
 
-    monkeypatch.setattr(a3c, "SharedNetwork", make)
+    monkeypatch.setattr(groups, "GroupAgent", make)
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-    status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=1")
+    status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=1", "--max_iteration=100")
     assert status == 1
     assert f"iteration {iteration}: not finite: policy_bias" in errors.splitlines()[-1]
     assert "saved" not in output
