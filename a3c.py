@@ -113,21 +113,18 @@ class Config:
         return 1.0 - 0.9 * min(1.0, iteration / updates)
 
 
-# What `--preset` changes. Behind each key its effect on Breakout's score, after 2 million agent steps if nothing else
-# is said (one seed each, docs/experiments.csv), and on the speed on two cores (`bench.py --seconds 6 --rounds 1`).
+# What `--preset` changes. What each change does to the score and to the speed is in docs/results.md.
 PRESETS = {
     "original": {},
-    "fast": {
-        "agents_per_thread": 32,  # 3,240 to 3,490 steps/s; 64: 3,910; 16: 2,540, and 41.0 for 35.3 at a rate of 2.5e-4
-        "life_loss_ends_return": True,  # 35.3 at a rate of 2.5e-4, without it 20.7
-        "subtract_background": True,  # no change in Breakout, whose is black; Pong does not learn without it (README)
-        "filters": 16,  # 32 have 2,480 steps/s
-        # With these four 114.7 after 5 and 288.1 after 10 million steps; with 5e-4 falling over 20 million, a constant
-        # weight of the entropy and no such clip 95.2 and 183.3.
+    "fast": {  # a good score sooner
+        "agents_per_thread": 32,  # more updates for the same agent steps
+        "life_loss_ends_return": True,  # the agent learns sooner what a life is worth
+        "subtract_background": True,  # nothing changes where it is black, as in Breakout; Pong does not learn without
+        "filters": 16,  # a third faster
         "learning_rate": 3e-4,
-        "annealing": 62_500,  # 10 million agent steps
-        "anneal_entropy": True,  # 71.4 after 3.5 million, without it 62.1
-        "global_clip": 2.0,  # without it two runs at a rate of 5e-4 broke (README)
+        "annealing": 62_500,  # updates: 10 million agent steps
+        "anneal_entropy": True,
+        "global_clip": 2.0,  # a burst of large gradients does not break the policy
     },
 }
 

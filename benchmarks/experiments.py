@@ -5,7 +5,7 @@ each core at a time, until it has taken so many agent steps; then its row goes i
 failed. What has a row of so many steps is not run again, and what was stopped half-way is resumed, so a search may take
 many sittings. Each run has a folder of its own; runs of several seeds share nothing but their flags.
 Two runs on a core each screen faster than one after the other on both, but share memory and caches: compare by agent
-steps, and take minutes from `benchmarks/bench.py` with the same flags.
+steps, and take minutes from `python -m benchmarks.bench` with the same flags.
 """
 
 import argparse
