@@ -477,7 +477,7 @@ def test_exception_in_any_thread_stops_all_and_is_shown_and_the_run_saved(tmp_pa
     status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=4")
     assert status == 1
     assert "in pull_the_cable" in errors  # the original traceback
-    assert f"a3c.py: error: group {group}, RuntimeError: cable pulled" in errors
+    assert f"GroupFailure: group {group}, RuntimeError: cable pulled" in errors
     assert f"saved {tmp_path}/last.ckpt" in output
     assert not threads_of_groups()
     state = Run(tmp_path)
