@@ -228,7 +228,7 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 
 
 if __name__ == "__main__":
-    with startup.safe_output(), startup.stop_signals(interrupt_once()):
+    with startup.undisturbed(interrupt_once()):
         try:
             status = main()
         except KeyboardInterrupt as stop:

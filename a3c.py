@@ -214,7 +214,7 @@ def train(config: Config) -> int:
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
     signals = []
-    with startup.safe_output(), startup.stop_signals(signals.append):
+    with startup.undisturbed(signals.append):
         return _train(config, signals)
 
 
@@ -280,7 +280,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
 def main() -> int:
     """Run the command line and return the exit status."""
     signals = []
-    with startup.safe_output(), startup.stop_signals(signals.append):
+    with startup.undisturbed(signals.append):
         return _main(signals)
 
 

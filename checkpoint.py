@@ -1,6 +1,6 @@
 """Save, verify and resume.
 
-A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, another name of the newest.
+A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, a copy of the newest.
 Each save goes to a new name and is read back before an older one is removed, so at every moment there is a complete
 one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
 """
@@ -21,10 +21,9 @@ from startup import UserError, reason, refusing, tf
 with contextlib.suppress(ImportError):  # Windows has no such locks
     import fcntl
 
-CONFIG, LAST = "config.json", "last.ckpt"
+CONFIG, LAST, UNFINISHED = "config.json", "last.ckpt", ".unfinished"
 _DATA, _INDEX = ".data-00000-of-00001", ".index"
 _KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
-_INPUT = f"biases/input{_KEY}"  # minus the background, only where it is taken off the pixels
 _PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
 
 
@@ -34,10 +33,9 @@ class CheckpointError(UserError):
 
 @contextlib.contextmanager
 def run_folder(folder: str) -> Iterator[Callable[[], None]]:
-    """Keep a folder, made if need be, for this process; yield a function that checks whether it still is there.
+    """Keep a folder, made if need be, for this process; yield a function that checks whether it still has it.
 
-    Raises:
-      UserError: it cannot be made or written, or another run uses it. The function: it was removed or taken since.
+    Raises UserError if it cannot be made or written, or another run uses it; so does the function once it was lost.
     """
     path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
 
@@ -63,11 +61,7 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
 
 
 def read_config(path: str) -> dict:
-    """Return what a run's `config.json` says.
-
-    Raises:
-      CheckpointError: it is missing or damaged.
-    """
+    """Return what a run's `config.json` says. Raises CheckpointError if it is missing or damaged."""
     try:
         with open(path) as file:
             config = json.load(file)
@@ -97,8 +91,7 @@ class Saver:
 
     Args:
       folder, check: of `run_folder`; the check is made before each save.
-      shared: the network with its RMSProp state.
-      progress: an `async_agent.Progress`. The caller holds its lock around `save`.
+      shared, progress: the network with its RMSProp state and an `async_agent.Progress`, locked by the caller.
       keep: how many numbered checkpoints stay.
     """
 
@@ -109,26 +102,29 @@ class Saver:
         self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
-        """Write `model.ckpt-N`, read it back, name it `last.ckpt` too, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, copy it to `last.ckpt`, remove the oldest; return its path.
 
-        Raises:
-          FloatingPointError: a weight is not finite; nothing was written.
-          UserError: the disk is full, or the folder cannot be written or was lost; earlier checkpoints are untouched.
-          CheckpointError: what was read back differs from what was written.
+        Raises, with earlier checkpoints untouched:
+          FloatingPointError: a weight is not finite.
+          UserError: the disk is full, or the folder cannot be written or was lost, or what was read back is damaged.
         """
         for variable in self.shared.trainable_variables:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
+        last, unfinished = os.path.join(self.folder, LAST), os.path.join(self.folder, UNFINISHED, "model")
+        if path == self.newest and os.path.exists(path + _INDEX):
+            return path
         with refusing(f"cannot save {path}, earlier saves are intact"):
             self.check()
             try:
-                if path != self.newest or not os.path.exists(path + _INDEX):
-                    unfinished = os.path.join(self.folder, ".unfinished")
-                    self.checkpoint.write(unfinished)
-                    read(unfinished)
-                    _name(unfinished, path, os.replace)
-                _name(path, os.path.join(self.folder, LAST), _link)
+                os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+                self.checkpoint.write(unfinished)
+                read(unfinished)
+                _move(unfinished, path)
+                for suffix in (_DATA, _INDEX):
+                    shutil.copyfile(path + suffix, unfinished + suffix)
+                _move(unfinished, last)
             finally:
                 self.remove_unfinished()
         self.newest = path
@@ -139,10 +135,8 @@ class Saver:
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
 
-        Damaged ones are named to `warn` and passed over; half-written files are removed.
-
-        Raises:
-          CheckpointError: the checkpoint is of another network, or every one of them is damaged.
+        Damaged ones are named to `warn` and passed over; half-written files are removed. Raises CheckpointError if it
+        is of another network, or if every one is damaged.
         """
         self.remove_unfinished(warn)
         paths = all_checkpoints(self.folder)
@@ -163,21 +157,15 @@ class Saver:
 
     def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
         """Remove what a killed or failed save left behind; a data file without its index is named to `warn`."""
-        folder = glob.escape(self.folder)
-        for name in glob.glob(os.path.join(folder, ".unfinished*")):
-            _remove_file(name)
-        for name in glob.glob(os.path.join(folder, f"*.ckpt*{_DATA}")):
+        shutil.rmtree(os.path.join(self.folder, UNFINISHED), ignore_errors=True)
+        for name in glob.glob(os.path.join(glob.escape(self.folder), f"*.ckpt*{_DATA}")):
             if not os.path.exists(name.removesuffix(_DATA) + _INDEX):
                 warn(f"{name} has no {_INDEX} file, so it is not a checkpoint: removed")
-                _remove_file(name)
+                os.remove(name)
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Read every tensor of a checkpoint, which verifies their checksums.
-
-    Raises:
-      CheckpointError: it is missing or damaged.
-    """
+    """Read every tensor of a checkpoint, which verifies their checksums; raises CheckpointError if it is damaged."""
     try:
         reader = tf.train.load_checkpoint(path)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
@@ -205,22 +193,22 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
             raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
             why = "Was it trained with another --preset, --filters or --subtract_background?"
-            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
+            raise CheckpointError(f"{path} is of another network: {name} is {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     """Return the network of a checkpoint, with its filters and background, and after how many updates it was saved.
 
-    Raises:
-      CheckpointError: it is missing, damaged, of another network or of a game with another number of actions.
+    Raises CheckpointError if it is missing, damaged, of another network or of a game with another number of actions.
     """
     tensors = read(path)
+    saved = saved_iteration(tensors, path)
     filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
-    network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(_INPUT, 0)))
+    network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(f"biases/input{_KEY}", 0)))
     check_fits(tensors, network, path)
     for name, variable in _parameters(network).items():
         variable.assign(tensors[name + _KEY])
-    return network, saved_iteration(tensors, path)
+    return network, saved
 
 
 def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
@@ -230,8 +218,7 @@ def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
 def resolve(path: str) -> str:
     """Return the checkpoint that `path` means: itself, that of an `.index` or data file, or the newest of a folder.
 
-    Raises:
-      CheckpointError: there is none; lists what is there. UserError: TensorFlow could not read this path.
+    Raises CheckpointError, which lists what is there, if there is none; UserError if TensorFlow cannot read this path.
     """
     path = os.path.expanduser(path)
     check_path("model", path)
@@ -269,27 +256,14 @@ def _number(path: str) -> int:
     return int(path.rpartition("-")[2])
 
 
-def _name(path: str, new: str, function: Callable[[str, str], None]) -> None:
-    """Give a checkpoint another name; who is killed meanwhile leaves none of that name rather than a damaged one."""
+def _move(path: str, new: str) -> None:
+    """Rename a checkpoint; who is killed meanwhile leaves none of the new name rather than a damaged one."""
     _remove(new)
     for suffix in (_DATA, _INDEX):
-        function(path + suffix, new + suffix)
-
-
-def _link(old: str, new: str) -> None:
-    try:
-        os.link(old, new)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(old, new)
+        os.replace(path + suffix, new + suffix)
 
 
 def _remove(path: str) -> None:
-    _remove_file(path + _INDEX)  # first: without its index the rest is no checkpoint
-    _remove_file(path + _DATA)
-
-
-def _remove_file(name: str) -> None:
-    if os.path.isdir(name):  # TensorFlow writes into a folder beside the name it was given, first
-        shutil.rmtree(name)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(name)
+    for suffix in (_INDEX, _DATA):  # in this order, because without its index the rest is no checkpoint
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + suffix)

@@ -39,9 +39,8 @@ class Groups:
     def run(self, game: Game, device: str, started: float) -> int:
         """Train until `max_iteration` or a signal, and save. Return the exit status.
 
-        Raises:
-          GroupFailure: an exception in a thread; TimeoutError: a group stalled. All have been stopped.
-          UserError, FloatingPointError, CheckpointError: the report or the last save failed; see `Saver.save`.
+        Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
+        written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
         try:
             self._start(game, device, started)
@@ -49,7 +48,7 @@ class Groups:
                 pass
         finally:
             self._stop()
-        self.report.check()
+        self.report.show()  # raises what could not be written
         return 128 + self.signals[0] if self.signals else 0
 
     def _start(self, game: Game, device: str, started: float) -> None:
@@ -84,16 +83,11 @@ class Groups:
             self.saving, self.saved_at = None, now
 
     def _watch(self, seconds: float) -> bool:
-        """Report for up to `seconds`; return whether it is time to stop.
-
-        Raises:
-          TimeoutError: a group stalls. UserError: the report cannot be written.
-        """
+        """Report for up to `seconds`; return whether it is time to stop. Raises TimeoutError if a group stalls."""
         end = time.monotonic() + seconds
         while not (self.signals or self.coordinator.should_stop()) and (before := time.monotonic()) < end:
             self.coordinator.wait_for_stop(min(0.2, seconds))
             self.report.show()
-            self.report.check()
             asleep = time.monotonic() - before
             if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
                 for agent in self.agents:
@@ -102,12 +96,12 @@ class Groups:
         return bool(self.signals) or self.coordinator.should_stop()
 
     def _check_alive(self) -> None:
-        limit, saving, now = self.config.stall_timeout, self.saving, time.monotonic()
+        limit, now = self.config.stall_timeout, time.monotonic()
         slowest = min(self.agents, key=lambda agent: agent.alive_at, default=None)
         if slowest and now - slowest.alive_at > limit:
             name = f"group {slowest.index}"
-            if saving and now - saving[1] > limit / 2:  # the others wait for it
-                name = f"{saving[0]}, which is saving,"
+            if self.saving and now - self.saving[1] > limit / 2:  # the others wait for it
+                name = f"{self.saving[0]}, which is saving,"
             raise TimeoutError(f"{name} has not taken a step for {limit:.0f} s")
 
     def _stop(self) -> None:

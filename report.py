@@ -43,8 +43,7 @@ class Report:
         self.losses = []  # since the last row
         self.first_update = None  # when
         self.row_time, self.row_steps = None, 0  # of the last row
-        self.refusal = f"cannot write the report in {config.log_dir}"
-        with refusing(self.refusal):
+        with refusing(f"cannot write the report in {self.config.log_dir}"):
             path = os.path.join(config.log_dir, "progress.csv")
             rows = _cut_off(path, progress.iteration)
             self.csv_file = open(path, "a", newline="")  # noqa: SIM115
@@ -87,7 +86,9 @@ class Report:
         self.losses, self.row_time, self.row_steps = [], now, progress.agent_steps
 
     def show(self) -> None:
-        """Bring the bar up to date, and look after the folder."""
+        """Bring the bar up to date. Raises UserError once a file could not be written."""
+        if self.background.failure:
+            raise self.background.failure
         if self.background.items.empty():
             self.background.write({})
         progress, scores = self.progress, self.progress.recent_scores()
@@ -95,15 +96,9 @@ class Report:
         self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
         self.bar.update(progress.iteration - self.bar.n)
 
-    def check(self) -> None:
-        """Raise the UserError of what could not be written."""
-        if self.background.failure:
-            raise self.background.failure
-
     def close(self) -> None:
         """Write what is left, for 2 s at most."""
         self.background.close(2)
-        self.show()
         self.bar.close()
 
     def _write(self, row: dict) -> None:
@@ -111,7 +106,7 @@ class Report:
         self.check_folder()
         if row:
             cells = {k: x if isinstance(x, int) else f"{x:.6g}" if abs(x) < 1e5 else f"{x:.2f}" for k, x in row.items()}
-            with refusing(self.refusal):
+            with refusing(f"cannot write the report in {self.config.log_dir}"):
                 csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
                 self.csv_file.flush()
                 for axis in self.curves:

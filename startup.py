@@ -40,18 +40,18 @@ def refusing(what: str) -> Iterator[None]:
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
     """Exit with one line that names the first package that is missing or too old."""
+
+    def major_minor(version: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", version)[:2]]  # of 2.21.0, 2.21rc1, 3
+
     for package, oldest in required.items():
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found = None
-        if found is None or _major_minor(found) < _major_minor(oldest):
+        if found is None or major_minor(found) < major_minor(oldest):
             state = "is not installed" if found is None else f"{found} is too old"
             sys.exit(f"{package} {state}: {package}>={oldest} is needed. Run: pip install -r requirements.txt")
-
-
-def _major_minor(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])  # of 2.21.0, 2.21rc1, 3
 
 
 @contextlib.contextmanager
@@ -79,8 +79,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         tempfile.gettempdir()
-    except FileNotFoundError:  # a read-only system: TensorFlow asks for a name and writes nothing
-        tempfile.tempdir = os.curdir
+    except FileNotFoundError:
+        sys.exit("TensorFlow needs a folder for temporary files: set TMPDIR to one that can be written")
     with _quiet_stderr():  # the import prints a dozen lines before any log level applies
         import tensorflow as tf
     tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
@@ -106,10 +106,7 @@ def available_cores() -> int:
 def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name; set TensorFlow up for it and for the groups.
 
-    It sees no other GPU afterwards. Where TensorFlow is already at work, its threads and GPUs stay as they are.
-
-    Raises:
-      UserError: `device` is not one of those names, or there is no such GPU.
+    It sees no other GPU then; where it is at work already, it stays as it is. Raises UserError for a wrong device.
     """
     kind, _, number = device.lower().partition(":")
     if kind not in ("auto", "cpu", "gpu") or (number and (kind != "gpu" or not number.isdecimal())):
@@ -173,35 +170,28 @@ class Background:
 
 
 @contextlib.contextmanager
-def safe_output() -> Iterator[None]:
-    """Let the block print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk."""
-    one_place = False
+def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let nothing from outside end or hold up the block; stdout, stderr and the handlers of signals are given back.
+
+    It may print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk. `handle` is called with
+    the number of each signal that asks it to end, unless it was ignored before, as by `nohup`. Outside the main thread
+    Python handles none.
+    """
+    before, one_place = {}, False
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
         one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
     out = Background(sys.stdout)
     errors = out if one_place else Background(sys.stderr)  # one keeps the order
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            yield
-        finally:
-            out.close()
-            errors.close()
-
-
-@contextlib.contextmanager
-def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of each signal that asks the block to end; give the handlers back afterwards.
-
-    A signal that was ignored before, as by `nohup`, stays ignored. Outside the main thread none can be handled.
-    """
-    before = {}
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
                 before[number] = signal.signal(number, lambda number, _: handle(number))
     try:
-        yield
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            yield
     finally:
+        out.close()
+        errors.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -4,7 +4,8 @@
 
 `ours` is `python a3c.py` with its defaults, read from its own progress.csv. `sb3-16` and `sb3-64` are A2C of
 Stable-Baselines3 with 16 games (its default) and with 64; `pytorch` is the A2C below with 64, written as most are;
-`tuned` is the same with what we found to make it faster. All on the CPU.
+`tuned` is the same with what we found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's
+automatic mixed precision, which only a CPU with AMX or AVX512-BF16 makes fast. All on the CPU.
 Where a peer can be set up in several ways (`VARIANTS`), each is timed first and the fastest takes part. One step is one
 action in one game, 3 emulator frames. Start-up and warm-up are left out, for everyone. How to install the peers:
 `requirements-peers.txt`.
@@ -43,8 +44,10 @@ THREADS = sorted({1, min(2, CORES), CORES})
 VARIANTS = {
     "sb3-16": [{"num_envs": 16, "vec_env": v, "threads": t} for v in ("dummy", "subproc") for t in THREADS],
     "sb3-64": [{"num_envs": 64, "vec_env": v, "threads": t} for v in ("dummy", "subproc") for t in THREADS],
-    "pytorch": [{"num_envs": 64, "vec_env": v, "threads": t} for v in ("envpool", "ale") for t in THREADS],
-    "tuned": [{"num_envs": 64, "vec_env": v, "threads": t} for v in ("envpool", "ale") for t in THREADS],
+    **{
+        peer: [{"num_envs": 64, "vec_env": v, "threads": t} for v in ("envpool", "ale") for t in THREADS]
+        for peer in ("pytorch", "tuned", "pytorch-bf16", "tuned-bf16")
+    },
 }
 
 
@@ -127,22 +130,23 @@ def make_envs(num_envs: int, vec_env: str) -> gymnasium.vector.VectorEnv:
 
 
 class ActorCritic(nn.Module):
-    """Our network, in the given memory layout of images."""
+    """Our network, in the given memory layout of images, its layers in bfloat16 if so asked."""
 
-    def __init__(self, envs: gymnasium.vector.VectorEnv, layout: torch.memory_format):
+    def __init__(self, envs: gymnasium.vector.VectorEnv, layout: torch.memory_format, bfloat16: bool):
         super().__init__()
-        self.layout = layout
+        self.layout, self.bfloat16 = layout, bfloat16
         self.layers = Layers(envs.single_observation_space).to(memory_format=layout)
         self.policy = nn.Linear(256, int(envs.single_action_space.n))
         self.value = nn.Linear(256, 1)
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [B, A] and values [B] of frames [B, 4, 84, 84] uint8."""
-        x = self.layers(frames.to(torch.float32, memory_format=self.layout).div_(255))
-        return self.policy(x), self.value(x).squeeze(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            x = self.layers(frames.to(torch.float32, memory_format=self.layout).div_(255))
+            return self.policy(x).float(), self.value(x).squeeze(1).float()
 
 
-def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool) -> None:
+def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat16: bool) -> None:
     """Train a synchronous A2C until the timer has finished.
 
     The plain one acts without gradients and passes the whole batch through the network once more to learn. The tuned
@@ -150,7 +154,7 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool) -> Non
     """
     envs = make_envs(num_envs, vec_env)
     action_type = envs.single_action_space.dtype
-    network = ActorCritic(envs, torch.channels_last if tuned else torch.contiguous_format)
+    network = ActorCritic(envs, torch.channels_last if tuned else torch.contiguous_format, bfloat16)
     optimizer = torch.optim.RMSprop(network.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
     frames, _ = envs.reset()
     frames = torch.from_numpy(frames)
@@ -200,7 +204,7 @@ def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
     if peer.startswith("sb3"):
         train_sb3(timer, **variant)
     else:
-        train_pytorch(timer, tuned=peer == "tuned", **variant)
+        train_pytorch(timer, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
     print("rate", timer.rate, flush=True)
 
 
@@ -239,10 +243,10 @@ def choose_variants(seconds: float) -> dict[str, dict]:
         for variant in variants:
             try:
                 rates.append(measure_peer(peer, variant, seconds))
-                print(f"  {peer:8} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
+                print(f"  {peer:12} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
             except (RuntimeError, TimeoutError) as error:
                 rates.append(0.0)
-                print(f"  {peer:8} skipped  {variant}: {str(error).splitlines()[-1]}", flush=True)
+                print(f"  {peer:12} skipped  {variant}: {str(error).splitlines()[-1]}", flush=True)
         if not any(rates):
             raise RuntimeError(f"{peer}: no variant runs; the reasons are above")
         chosen[peer] = variants[rates.index(max(rates))]
@@ -277,7 +281,7 @@ def main() -> None:
             ours = name == "ours"
             rate = measure_ours(args.python, args.seconds) if ours else measure_peer(name, chosen[name], args.seconds)
             values.append(rate)
-            print(f"round {number} of {args.rounds}  {name:8} {rate:7,.0f} steps/s", flush=True)
+            print(f"round {number} of {args.rounds}  {name:12} {rate:7,.0f} steps/s", flush=True)
         ratios = {peer: [a / b for a, b in zip(rates["ours"], rates[peer], strict=True)] for peer in chosen}
         if args.json:
             result = {"machine": hardware, "variants": chosen, "steps_per_second": rates, "ours_over_peer": ratios}
@@ -286,10 +290,10 @@ def main() -> None:
             pathlib.Path(args.json).write_text(json.dumps({"seconds": args.seconds, **result}, indent=2) + "\n")
 
     print(f"\nmedian (min - max) of {args.rounds} rounds of {args.seconds:g} s")
-    print(f"{'':8}  {'agent steps/s':24}  ours is faster by")
-    print(f"{'ours':8}  {spread(rates['ours'], ',.0f'):24}")
+    print(f"{'':12}  {'agent steps/s':24}  ours is faster by")
+    print(f"{'ours':12}  {spread(rates['ours'], ',.0f'):24}")
     for peer in chosen:
-        print(f"{peer:8}  {spread(rates[peer], ',.0f'):24}  {spread(ratios[peer], '.2f')}  {chosen[peer]}")
+        print(f"{peer:12}  {spread(rates[peer], ',.0f'):24}  {spread(ratios[peer], '.2f')}  {chosen[peer]}")
 
 
 if __name__ == "__main__":

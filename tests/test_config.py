@@ -72,8 +72,9 @@ def test_defaults_are_the_originals():
         "value_weight": 1.0,
         "subtract_background": False,
         "filters": 32,
-        "compute_dtype": "float32",
+        "compute_dtype": "auto",
         "save_period": 20_000,
+        "save_minutes": 10.0,
         "summary_period": 100,
         "stall_timeout": None,
     }

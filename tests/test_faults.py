@@ -50,7 +50,7 @@ from a3c import Config
 from async_agent import GroupAgent, Progress
 from checkpoint import CheckpointError
 from environment import find_game, make_watching_env
-from network import ActorCritic, SharedNetwork
+from network import ActorCritic
 from startup import tf
 
 STEPS = 4 * 5  # agent steps of an update of a tiny run
@@ -266,24 +266,26 @@ def test_limit_on_file_size_ends_the_run_with_earlier_saves_untouched(trained, t
     assert process.returncode == 1
     last = process.stderr.splitlines()[-1]
     assert last.startswith(f"a3c.py: error: cannot save {folder}/model.ckpt-")
-    assert last.endswith("Earlier saves are intact")
+    assert ", earlier saves are intact: " in last
     assert {path.name: path.read_bytes() for path in folder.glob("*.ckpt*")} == before
 
 
 COPY_FAILS = """
-import resource, sys
+import errno, shutil, sys
 sys.path.insert(0, "tests")
+from startup import UserError
 from test_checkpoint import Run
 run = Run(sys.argv[1])
 run.update(10)
-run.saver.save_last()
-run.update(20)
 run.saver.save()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+run.update(20)
+def fill_up(old, new):
+    raise OSError(errno.ENOSPC, "No space left on device")
+shutil.copyfile = fill_up
 try:
-    run.saver.save_last()
-except OSError as error:
-    print("OSError:", error)
+    run.saver.save()
+except UserError as error:
+    print("UserError:", error)
 """
 
 
@@ -292,7 +294,7 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(tmp_path)
     words = [sys.executable, "-c", COPY_FAILS, str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"OSError: cannot save {tmp_path}/last.ckpt: ")
+    assert done.stdout.startswith(f"UserError: cannot save {tmp_path}/model.ckpt-20, earlier saves are intact: ")
     assert checkpoint.load_network(f"{tmp_path}/last.ckpt", 4)[1] == 10
     assert checkpoint.load_network(f"{tmp_path}/model.ckpt-20", 4)[1] == 20
     assert not list(tmp_path.glob(".unfinished*"))
@@ -369,7 +371,6 @@ def two_saves(tmp_path_factory):
         first.update(iteration)
         first.saver.save()
         states[iteration] = first.state()
-    first.saver.save_last()
     files = {path: path.read_bytes() for path in folder.iterdir()}
     return folder, files, states, Run(folder, seed=2)
 
@@ -443,8 +444,8 @@ def four_groups(monkeypatch):
                 super().__init__(index, *arguments)
                 agents.append(self)
                 if (place, index) == ("network step", group):
-                    act = self.network.act
-                    self.network.act = lambda *arguments: (fault_in_time(), act(*arguments))[1]
+                    rollout = self.rollout
+                    self.rollout = lambda *arguments: (fault_in_time(), rollout(*arguments))[1]
 
         save = checkpoint.Saver.save
 
@@ -558,21 +559,21 @@ def test_weights_that_are_not_finite_end_the_run_and_are_never_saved(
     tmp_path, main, monkeypatch, iteration, kept, value
 ):
     def make(*arguments):
-        shared = SharedNetwork(*arguments)
-        apply, applied = shared.apply_gradients, []
+        agent = GroupAgent(*arguments)
+        update = agent.update
 
-        def apply_and_spoil(gradients, rate):
-            apply(gradients, rate)
-            applied.append(1)
-            if len(applied) == iteration:
-                shared.biases["policy"].assign(tf.fill([4], value))
+        def update_and_spoil(gradients, rate):
+            update(gradients, rate)
+            if agent.progress.iteration + 1 == iteration:
+                for network in (agent.shared, agent.network):
+                    network.biases["policy"].assign(tf.fill([4], value))
 
-        shared.apply_gradients = apply_and_spoil
-        return shared
+        agent.update = update_and_spoil
+        return agent
 
-    monkeypatch.setattr(a3c, "SharedNetwork", make)
+    monkeypatch.setattr(groups, "GroupAgent", make)
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-    status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=1")
+    status, output, errors = main(f"--log_dir={tmp_path}", "--num_threads=1", "--max_iteration=100")
     assert status == 1
     assert f"iteration {iteration}: not finite: policy_bias" in errors.splitlines()[-1]
     assert "saved" not in output

@@ -24,7 +24,7 @@ def test_bounds_are_those_of_requirements_txt():
 
 @pytest.mark.parametrize(
     "found, said",
-    [(None, "tensorboard is not installed: tensorboard>=2.20 is needed"), ("2.9.1", "tensorboard 2.9.1 is too old")],
+    [(None, "tensorboard is not installed: tensorboard>=2.21 is needed"), ("2.9.1", "tensorboard 2.9.1 is too old")],
 )
 def test_missing_or_old_package_ends_the_program_with_one_line_that_names_it(monkeypatch, found, said):
     real = importlib.metadata.version

@@ -237,7 +237,7 @@ def test_model_of_another_number_of_actions_is_refused_with_both_numbers(main, n
 @pytest.mark.row(n=11)
 def test_model_of_something_else_is_refused(main, no_play, tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "last.ckpt"))
-    with pytest.raises(CheckpointError, match="is not of this network"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
         main(f"--model={path}", "--game=Breakout-v0")
 
 
