@@ -1,6 +1,7 @@
 """A group of games on fake environments with known rewards and ends; two tests play the real Breakout."""
 
 import collections
+import itertools
 import threading
 
 import gymnasium
@@ -282,14 +283,15 @@ def test_groups_together_make_exactly_max_iteration_updates(make_config):
     assert progress.agent_steps == 7 * 5 * 2
 
 
-def test_groups_are_seeded_apart_and_a_resumed_run_differs_from_its_start(make_config):
-    config, progress = make_config(num_threads=2, random_seed=100), Progress(2, 2)
-    envs = [ScriptedEnv(np.ones([5, 2])) for _ in range(3)]
-    make_agent(envs[0], config, index=0, progress=progress)
-    make_agent(envs[1], config, index=1, progress=progress)
-    progress.iteration = 1000
-    make_agent(envs[2], config, index=0, progress=progress)
-    assert [env.seeds for env in envs] == [[100], [102], [1100]]
+def test_seeds_of_all_games_differ_from_one_another_and_from_those_of_other_runs(make_config):
+    seeds = []
+    for random_seed, iteration, index in itertools.product((1, 2), (0, 1), (0, 1)):  # a resumed run plays on
+        envs, progress = ScriptedEnv(np.ones([5, 2])), Progress(2, 2)
+        progress.iteration = iteration
+        agent = make_agent(envs, make_config(random_seed=random_seed), index=index, progress=progress)
+        seeds += [*envs.seeds[0], agent.seeds[0]]
+    assert len(set(map(int, seeds))) == len(seeds) == 8 * 3
+    assert 0 <= min(seeds) <= max(seeds) < 2**31
 
 
 @pytest.mark.row(n=12)
