@@ -193,7 +193,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
             raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
             why = "Was it trained with another --preset, --filters or --subtract_background?"
-            raise CheckpointError(f"{path} is of another network: {name} is {was} there and {now} here. {why}")
+            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:

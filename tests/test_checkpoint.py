@@ -49,14 +49,12 @@ def equal(one, other):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Return a run that saved after updates 10, 20 and 30, and its state at each; `last.ckpt` has been removed."""
+    """Return a run that saved after updates 10, 20 and 30, and its state at each."""
     run, states = Run(tmp_path), {}
     for iteration in (10, 20, 30):
         run.update(iteration)
         run.saver.save()
         states[iteration] = run.state()
-    for path in tmp_path.glob("last.ckpt*"):
-        path.unlink()
     return run, states
 
 
@@ -144,10 +142,13 @@ def test_last_checkpoint_is_a_copy_of_the_newest(saved, tmp_path):
 
 def test_resume_takes_the_newest_even_where_last_is_older(saved, tmp_path):
     run, _ = saved
-    for suffix in (DATA, INDEX):
-        shutil.copy(tmp_path / ("model.ckpt-20" + suffix), tmp_path / ("last.ckpt" + suffix))
+    run.update(40)
+    newest = run.saver.save()
+    for suffix in (DATA, INDEX):  # as it was before `last.ckpt` went along with every save
+        (tmp_path / f"last.ckpt{suffix}").unlink()
+        shutil.copy(tmp_path / f"model.ckpt-30{suffix}", tmp_path / f"last.ckpt{suffix}")
     other = Run(tmp_path, seed=2)
-    assert other.resume() == str(tmp_path / "model.ckpt-30")
+    assert other.resume() == newest
     assert equal(other.state(), run.state())
 
 
@@ -166,20 +167,6 @@ def flip_a_bit(path):
 
 def empty(path):
     path.write_bytes(b"")
-
-
-@pytest.mark.row(n=8)
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
-@pytest.mark.parametrize("suffix", [DATA, INDEX])
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_resumed(saved, tmp_path, damage, suffix):
-    damage(tmp_path / ("model.ckpt-30" + suffix))
-    other = Run(tmp_path, seed=2)
-    assert other.resume() == str(tmp_path / "model.ckpt-20")
-    assert equal(other.state(), saved[1][20])
-    assert other.progress.iteration == 20
-    (warning,) = other.warnings
-    assert "model.ckpt-30" in warning
-    assert "falling back" in warning
 
 
 @pytest.mark.row(n=8)
@@ -247,7 +234,7 @@ def test_checkpoint_of_another_layer_size_is_refused_and_named(saved, tmp_path):
     other = Run(tmp_path, seed=2)
     other.shared.weights["hidden"] = tf.Variable(tf.zeros([11 * 11 * 64, 128]))
     conv1 = other.shared.weights["conv1"].numpy()
-    with pytest.raises(CheckpointError, match="weights/hidden"):
+    with pytest.raises(CheckpointError, match="weights/hidden has shape"):
         other.resume()
     np.testing.assert_array_equal(other.shared.weights["conv1"], conv1)
 
@@ -272,7 +259,7 @@ def test_network_is_loaded_with_the_background_that_it_was_saved_with(tmp_path):
 @pytest.mark.parametrize("saved, now", [(0, 87), (87, 0)])
 def test_checkpoint_with_another_treatment_of_the_background_is_refused(tmp_path, saved, now):
     Run(tmp_path, background=saved).saver.save()
-    with pytest.raises(CheckpointError, match=r"another network: biases/input.*--subtract_background"):
+    with pytest.raises(CheckpointError, match=r"not of this network: biases/input .*--subtract_background"):
         Run(tmp_path, background=now).resume()
 
 
@@ -347,18 +334,17 @@ def test_full_disk_raises_and_leaves_the_earlier_checkpoint(tmp_path):
     expected.update(10)
     assert other.resume() == str(tmp_path / "model.ckpt-10")
     assert equal(other.state(), expected.state())
-    files = [name + suffix for name in ("last.ckpt", "model.ckpt-10") for suffix in (DATA, INDEX)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == files
-    assert checkpoint.load_network(f"{tmp_path}/last.ckpt", 4)[1] == 10
+    kept = [name + suffix for name in ("last.ckpt", "model.ckpt-10") for suffix in (DATA, INDEX)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 @pytest.mark.row(n=6)
-def test_folder_that_cannot_be_written_raises_a_user_error(saved, tmp_path):
+def test_folder_that_cannot_be_written_is_named(saved, tmp_path):
     run, _ = saved
     run.saver.folder = str(tmp_path / "file" / "folder")
     (tmp_path / "file").write_text("in the way")
     run.update(40)
-    with pytest.raises(UserError, match="cannot save"):
+    with pytest.raises(UserError, match=r"cannot save .*file/folder"):
         run.saver.save()
 
 
@@ -454,4 +440,4 @@ def test_saving_does_not_need_the_main_thread(saved, tmp_path):
     thread = threading.Thread(target=run.saver.save)
     thread.start()
     thread.join(timeout=60)
-    assert checkpoint.numbered(str(tmp_path))[0] == str(tmp_path / "model.ckpt-50")
+    assert checkpoint.resolve(str(tmp_path)) == str(tmp_path / "model.ckpt-50")
