@@ -30,7 +30,7 @@ import numpy as np
 import checkpoint
 from async_agent import Progress
 from environment import Game, find_game
-from groups import Groups
+from groups import Groups, run_folder
 from network import SharedNetwork
 from report import Report
 from startup import UserError, tf
@@ -219,7 +219,7 @@ def _train(config: Config, signals: list[int]) -> int:
     started = time.monotonic()
     config = dataclasses.replace(config, log_dir=config.folder)
     game, device = game_and_device(config)
-    with checkpoint.run_folder(config.log_dir) as check, tf.device(device):
+    with run_folder(config.log_dir) as check, tf.device(device):
         shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)

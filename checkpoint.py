@@ -9,17 +9,13 @@ import contextlib
 import glob
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from network import ActorCritic, SharedNetwork
 from startup import UserError, reason, refusing, tf
-
-with contextlib.suppress(ImportError):  # Windows has no such locks
-    import fcntl
 
 CONFIG, LAST, UNFINISHED = "config.json", "last.ckpt", ".unfinished"
 _DATA, _INDEX = ".data-00000-of-00001", ".index"
@@ -29,35 +25,6 @@ _PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of something else; the message says which and what to do."""
-
-
-@contextlib.contextmanager
-def run_folder(folder: str) -> Iterator[Callable[[], None]]:
-    """Keep a folder, made if need be, for this process; yield a function that checks whether it still has it.
-
-    Raises UserError if it cannot be made or written, or another run uses it; so does the function once it was lost.
-    """
-    path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
-
-    def check() -> None:
-        with contextlib.suppress(FileNotFoundError), open(path) as file:
-            if file.read() == owner:
-                return
-        raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
-
-    with refusing(f"log_dir = {folder!r}"):
-        os.makedirs(folder, exist_ok=True)
-        lock = open(path, "a")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except BlockingIOError:
-            raise UserError(f"log_dir = {folder!r}: another run is using it") from None
-        except (OSError, NameError):  # nor has every file system
-            print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
-        lock.truncate(0)
-        print(owner, end="", file=lock, flush=True)
-        yield check
 
 
 def read_config(path: str) -> dict:
@@ -90,7 +57,7 @@ class Saver:
     """Saves a run into its folder and resumes it.
 
     Args:
-      folder, check: of `run_folder`; the check is made before each save.
+      folder, check: of `groups.run_folder`; the check is made before each save.
       shared, progress: the network with its RMSProp state and an `async_agent.Progress`, locked by the caller.
       keep: how many numbered checkpoints stay.
     """
@@ -184,9 +151,7 @@ def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
     """Raise CheckpointError where a checkpoint's weights are not those of a network, by name and shape."""
     here = {name: variable.shape.as_list() for name, variable in _parameters(network).items()}
-    there = {
-        key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key.startswith(("weights/", "biases/"))
-    }
+    there = {key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key[:7] in ("weights", "biases/")}
     for name in {**here, **there}:
         was, now = there.get(name), here.get(name)
         if was != now and name == "weights/policy" and was and now:
@@ -222,8 +187,7 @@ def resolve(path: str) -> str:
     """
     path = os.path.expanduser(path)
     check_path("model", path)
-    for suffix in (_INDEX, _DATA):
-        path = path.removesuffix(suffix)
+    path = path.removesuffix(_INDEX).removesuffix(_DATA)
     if os.path.exists(path + _INDEX):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."

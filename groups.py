@@ -1,9 +1,12 @@
-"""All groups of a run: start a thread for each, watch over them, stop them, save what was learnt."""
+"""A run has its folder for itself; its groups: start a thread for each, watch over them, stop them, save last."""
 
+import contextlib
 import functools
 import os
+import secrets
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -12,10 +15,42 @@ from checkpoint import LAST, Saver
 from environment import Game, make_training_envs
 from network import Losses, SharedNetwork
 from report import Report
-from startup import tf
+from startup import UserError, refusing, tf
+
+with contextlib.suppress(ImportError):  # Windows has no such locks
+    import fcntl
 
 STOP_GRACE = 6.0  # seconds that threads get to finish what they are at
 SAVE_GRACE = 30.0  # seconds that a save which a thread has begun gets on top
+
+
+@contextlib.contextmanager
+def run_folder(folder: str) -> Iterator[Callable[[], None]]:
+    """Keep a folder, made if need be, for this process; yield a function that checks whether it still has it.
+
+    Raises UserError if it cannot be made or written, or another run uses it; so does the function once it was lost.
+    """
+    path, owner = os.path.join(folder, ".lock"), secrets.token_hex()
+
+    def check() -> None:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
+            if file.read() == owner:
+                return
+        raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
+
+    with refusing(f"log_dir = {folder!r}"):
+        os.makedirs(folder, exist_ok=True)
+        lock = open(path, "a")  # noqa: SIM115
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except BlockingIOError:
+            raise UserError(f"log_dir = {folder!r}: another run is using it") from None
+        except (OSError, NameError):  # nor has every file system
+            print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
+        lock.truncate(0)
+        print(owner, end="", file=lock, flush=True)
+        yield check
 
 
 class Groups:

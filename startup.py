@@ -40,18 +40,18 @@ def refusing(what: str) -> Iterator[None]:
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
     """Exit with one line that names the first package that is missing or too old."""
-
-    def major_minor(version: str) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", version)[:2]]  # of 2.21.0, 2.21rc1, 3
-
     for package, oldest in required.items():
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found = None
-        if found is None or major_minor(found) < major_minor(oldest):
+        if found is None or _major_minor(found) < _major_minor(oldest):
             state = "is not installed" if found is None else f"{found} is too old"
             sys.exit(f"{package} {state}: {package}>={oldest} is needed. Run: pip install -r requirements.txt")
+
+
+def _major_minor(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]  # of 2.21.0, 2.21rc1, 3
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import groups
 from async_agent import Progress
 from checkpoint import CheckpointError, Saver
 from network import SharedNetwork
@@ -409,19 +410,19 @@ def test_process_that_is_killed_while_it_saves_always_leaves_a_complete_checkpoi
 def test_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
     folder = str(tmp_path / "new" / "folder")
     with (
-        checkpoint.run_folder(folder),
+        groups.run_folder(folder),
         pytest.raises(UserError, match="another run is using it"),
-        checkpoint.run_folder(folder),
+        groups.run_folder(folder),
     ):
         pass
-    with checkpoint.run_folder(folder):
+    with groups.run_folder(folder):
         assert os.path.isdir(folder)
 
 
 @pytest.mark.row(n=7)
 def test_run_folder_that_is_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"), checkpoint.run_folder(str(tmp_path / "file")):
+    with pytest.raises(UserError, match="file"), groups.run_folder(str(tmp_path / "file")):
         pass
 
 

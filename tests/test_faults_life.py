@@ -41,6 +41,7 @@ from test_faults import own_mounts
 
 import a3c
 import checkpoint
+import groups
 import report
 import startup
 from async_agent import GroupFailure
@@ -491,12 +492,12 @@ def test_run_in_a_folder_made_anew_has_it_for_itself(tmp_path):
 @pytest.mark.row(n=31)
 def test_check_of_a_folder_fails_once_it_is_gone_or_another_has_it(tmp_path):
     folder = str(tmp_path / "run")
-    with checkpoint.run_folder(folder) as first:
+    with groups.run_folder(folder) as first:
         first()
         shutil.rmtree(folder)
         with pytest.raises(UserError, match="was removed, or taken by another run"):
             first()
-        with checkpoint.run_folder(folder) as second:
+        with groups.run_folder(folder) as second:
             second()
             with pytest.raises(UserError, match="was removed, or taken by another run"):
                 first()
@@ -505,8 +506,8 @@ def test_check_of_a_folder_fails_once_it_is_gone_or_another_has_it(tmp_path):
 @pytest.mark.row(n=31)
 def test_refused_run_does_not_disturb_the_one_that_has_the_folder(tmp_path):
     folder = str(tmp_path)
-    with checkpoint.run_folder(folder) as first:
-        with pytest.raises(UserError, match="another run is using it"), checkpoint.run_folder(folder):
+    with groups.run_folder(folder) as first:
+        with pytest.raises(UserError, match="another run is using it"), groups.run_folder(folder):
             pass
         first()
 
