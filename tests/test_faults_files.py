@@ -160,7 +160,7 @@ def test_preset_of_another_network_is_refused(play, tmp_path, main):
     before = config_of(tmp_path)
     status, _, errors = main(f"--log_dir={tmp_path}", "--num_threads=1", "--preset=fast")
     assert status == 1
-    assert "is of another network" in errors
+    assert "is not of this network" in errors
     assert config_of(tmp_path) == before
 
 
