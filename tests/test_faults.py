@@ -241,7 +241,7 @@ print(json.dumps([status, errors, kept, again.returncode, again.stdout, again.st
     [pytest.param(size, n, marks=pytest.mark.slow) for size, n in (("20m", 1), ("40m", 1), ("200m", 3))] + [("56m", 2)],
 )
 def test_full_disk_ends_the_run_and_what_was_saved_is_resumed(tmp_path, size, saves):
-    """A save takes 16 MB, and as much again for `last.ckpt`. On the disk of 200 MB another program takes the last byte while the run reports and saves."""
+    """A save takes 16 MB, and `last.ckpt` as much. Of the 200 MB another program takes the last byte during the run."""
     folder = tmp_path / "disk"
     folder.mkdir()
     words = [*own_mounts(), sys.executable, "-c", SMALL_DISK, str(folder), size]
