@@ -146,7 +146,8 @@ def _forget_from(step: int, folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
         unfinished = os.path.join(folder, ".unfinished.events")
-        with tf.io.TFRecordWriter(unfinished) as file, contextlib.suppress(tf.errors.DataLossError):  # killed in it
+        cut_off = contextlib.suppress(tf.errors.DataLossError)  # by a kill
+        with tf.device("/CPU:0"), tf.io.TFRecordWriter(unfinished) as file, cut_off:
             for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
                 event = tf.compat.v1.Event.FromString(record)
                 if event.step < step or not event.HasField("summary"):

@@ -130,6 +130,8 @@ def choose_device(device: str, num_groups: int = 1) -> str:
     except RuntimeError:
         print("TensorFlow was already at work in this process: its threads and GPUs stay as they were set up")
     visible = tf.config.get_visible_devices("GPU")
+    if not set(wanted) <= set(visible):
+        raise UserError(f"device = {device!r}: this process has been set up for another. Use a new process")
     return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
 
 

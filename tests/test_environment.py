@@ -170,9 +170,9 @@ def test_asteroids_are_seen_where_a_frame_is_the_maximum_of_two(native, max_pool
 @pytest.mark.parametrize("fire_reset, expected", [(False, {0, 1, 2, 3}), (True, {1, 2, 3})])
 def test_a_game_begins_after_up_to_noop_max_frames_in_training_and_in_watching(native, fire_reset, expected):
     game = find_game("Breakout-v0", noop_max=3, fire_reset=fire_reset)
-    _, info = native("Breakout-v0", 30, noop_max=3, fire_reset=fire_reset).reset(seed=1)
+    _, info = native("Breakout-v0", 16, noop_max=3, fire_reset=fire_reset).reset(seed=1)
     with contextlib.closing(environment.make_watching_env(game)) as env:
-        watched = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in range(30)]
+        watched = [env.reset(seed=seed)[1]["episode_frame_number"] for seed in range(16)]
     assert set(info["episode_frame_number"]) == set(watched) == expected
 
 

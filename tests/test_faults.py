@@ -68,7 +68,11 @@ def test_signal_saves_prints_the_path_and_ends_within_ten_seconds(tmp_path, numb
     folder = tmp_path / "run"
     with Running(folder, ENDLESS, RARELY) as running:
         if moment == "building":
+<<<<<<< HEAD
             running.wait_for(lambda: "building games" in running.printed.read_text())
+=======
+            running.wait_for(lambda: "building games: 0" in running.printed.read_text())
+>>>>>>> main
         else:
             running.wait_for(lambda: (folder / "progress.csv").exists() and len(rows(folder)) > 1)
         status, output = running.send(number)
@@ -95,7 +99,9 @@ runpy.run_path("a3c.py", run_name="__main__")
 
 
 @pytest.mark.row(n=2)
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_second_signal_during_a_save_leaves_a_complete_checkpoint(trained, tmp_path, second):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -235,10 +241,11 @@ print(json.dumps([status, errors, kept, again.returncode, again.stdout, again.st
 
 @pytest.mark.row(n=6)
 @pytest.mark.parametrize(
-    "size, saves", [("20m", 1), pytest.param("40m", 2, marks=pytest.mark.slow), ("56m", 3), ("200m", 3)]
+    "size, saves",
+    [pytest.param(size, n, marks=pytest.mark.slow) for size, n in (("20m", 1), ("40m", 1), ("200m", 3))] + [("56m", 2)],
 )
 def test_full_disk_ends_the_run_and_what_was_saved_is_resumed(tmp_path, size, saves):
-    """A save takes 16 MB. On the disk of 200 MB another program takes the last byte while the run reports and saves."""
+    """A save takes 16 MB, and `last.ckpt` as much. Of the 200 MB another program takes the last byte during the run."""
     folder = tmp_path / "disk"
     folder.mkdir()
     words = [*own_mounts(), sys.executable, "-c", SMALL_DISK, str(folder), size]
@@ -807,7 +814,7 @@ def test_package_that_is_missing_or_too_old_is_named_in_one_line(start_with, pac
 @pytest.mark.parametrize("program", ["a3c.py", "a3c-test.py", "plot.py", "benchmarks.bench"])
 def test_every_command_checks_its_packages_first(start_with, program):
     words = [program] if program.endswith(".py") else ["-m", program]
-    assert one_line(start_with(words, {})).startswith("numpy is not installed")
+    assert one_line(start_with(words, {})).startswith("tensorflow is not installed")
 
 
 @pytest.mark.row(n=23)

@@ -707,6 +707,52 @@ def test_real_quota_limits_the_cores():
         os.rmdir(group)
 
 
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """Return a function that lets TensorFlow see three GPUs, and at work already or not: what is done with them."""
+
+    def make(at_work):
+        gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{n}", "GPU") for n in range(3)]
+        visible, grown = list(gpus), []
+
+        def set_visible(wanted, kind):
+            assert kind == "GPU"
+            if at_work and wanted != visible:
+                raise RuntimeError("Visible devices cannot be modified after being initialized")
+            visible[:] = wanted
+
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+        monkeypatch.setattr(tf.config, "set_visible_devices", set_visible)
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible)
+        monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: grown.append(gpu))
+        return gpus, visible, grown
+
+    return make
+
+
+@pytest.mark.row(n=35)
+@pytest.mark.parametrize(
+    "device, chosen, name",
+    [("cpu", [], "/CPU:0"), ("gpu", [0], "/GPU:0"), ("auto", [0], "/GPU:0"), ("gpu:2", [2], "/GPU:0")],
+)
+def test_no_other_gpu_is_opened_than_the_one_asked_for(three_gpus, device, chosen, name):
+    """Simulated: the device machine of these tests has one GPU at most."""
+    gpus, visible, grown = three_gpus(at_work=False)
+    assert startup.choose_device(device, 1) == name
+    assert visible == grown == [gpus[n] for n in chosen]
+
+
+@pytest.mark.row(n=35)
+@pytest.mark.row(n=34)
+def test_gpu_keeps_its_number_where_tensorflow_is_at_work_already(three_gpus, capsys):
+    _, visible, _ = three_gpus(at_work=True)
+    assert startup.choose_device("gpu:1", 1) == "/GPU:1"
+    assert "TensorFlow was already at work" in capsys.readouterr().out
+    del visible[1]
+    with pytest.raises(UserError, match="Use a new process"):
+        startup.choose_device("gpu:1", 1)
+
+
 GPUS = tf.config.list_physical_devices("GPU")
 
 
