@@ -218,12 +218,8 @@ def train(config: Config) -> int:
 def _train(config: Config, signals: list[int]) -> int:
     started = time.monotonic()
     game, device = game_and_device(config)
-<<<<<<< HEAD
-    with run_folder(config.log_dir) as check, tf.device(device):
-=======
     config = dataclasses.replace(config, log_dir=config.folder)
-    with checkpoint.run_folder(config.log_dir) as check, tf.device(device):
->>>>>>> main
+    with run_folder(config.log_dir) as check, tf.device(device):
         shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)

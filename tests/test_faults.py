@@ -68,11 +68,7 @@ def test_signal_saves_prints_the_path_and_ends_within_ten_seconds(tmp_path, numb
     folder = tmp_path / "run"
     with Running(folder, ENDLESS, RARELY) as running:
         if moment == "building":
-<<<<<<< HEAD
-            running.wait_for(lambda: "building games" in running.printed.read_text())
-=======
             running.wait_for(lambda: "building games: 0" in running.printed.read_text())
->>>>>>> main
         else:
             running.wait_for(lambda: (folder / "progress.csv").exists() and len(rows(folder)) > 1)
         status, output = running.send(number)
