@@ -103,19 +103,20 @@ class Report:
 
     def _write(self, row: dict) -> None:
         """Write a row, unless it is empty, into the folder, if it still is there."""
-        self.check_folder()
-        if row:
+        with refusing(f"cannot write the report in {self.config.log_dir}"):
+            self.check_folder()
+            if not row:
+                return
             cells = {k: x if isinstance(x, int) else f"{x:.6g}" if abs(x) < 1e5 else f"{x:.2f}" for k, x in row.items()}
-            with refusing(f"cannot write the report in {self.config.log_dir}"):
-                csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
-                self.csv_file.flush()
-                for axis in self.curves:
-                    self._add_point(axis, row)
-            tqdm.write(
-                "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
-                "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
-                "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
-            )
+            csv.DictWriter(self.csv_file, COLUMNS).writerow(cells)
+            self.csv_file.flush()
+            for axis in self.curves:
+                self._add_point(axis, row)
+        tqdm.write(
+            "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
+            "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
+            "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s".format(**row)
+        )
 
     def _add_point(self, axis: str, row: dict) -> None:
         with self.curves[axis].as_default(int(row[axis])):
