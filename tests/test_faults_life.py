@@ -255,7 +255,9 @@ def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_
 
 
 @pytest.mark.row(n=26)
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU", "SIGUSR1", "SIGQUIT"])
+@pytest.mark.parametrize(
+    "name", ["SIGHUP", "SIGQUIT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGXCPU", "SIGUSR1"))]
+)
 def test_any_signal_that_ends_a_program_saves_and_ends_within_ten_seconds(tmp_path, name):
     number, folder = getattr(signal, name), tmp_path / "run"
     with Running(folder, *SMALL) as running:
