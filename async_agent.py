@@ -5,6 +5,7 @@ in one thread. Written against the plain `gymnasium.vector.VectorEnv` interface 
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -101,7 +102,7 @@ class GroupAgent:
         entropy = np.random.SeedSequence([config.random_seed, progress.iteration, index])
         self.seeds = entropy.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
-        self.alive_at = time.monotonic()  # of the last sign of life; the watchdog reads it
+        self.alive_at = math.inf  # time of the last sign of life, once it is this group's turn; the watchdog reads it
         self.failure = None  # what the games raised
         # One graph each, for good: two threads that trace at once disturb each other.
         scalar = tf.TensorSpec([], tf.float32)
@@ -117,8 +118,10 @@ class GroupAgent:
         with coordinator.stop_on_exception(), tf.device(device):
             try:
                 with self.building:
+                    self.alive_at = time.monotonic()
                     if not coordinator.should_stop():
                         self.envs = self.make_envs()
+                        self.alive_at = time.monotonic()
                 if not coordinator.should_stop():
                     self.reset()
                 while not coordinator.should_stop() and not self.config.is_finished(self.progress):

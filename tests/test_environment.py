@@ -167,7 +167,9 @@ def test_asteroids_are_seen_where_a_frame_is_the_maximum_of_two(native, max_pool
 
 
 @pytest.mark.row(n=37)
-@pytest.mark.parametrize("fire_reset, expected", [(False, {0, 1, 2, 3}), (True, {1, 2, 3})])
+@pytest.mark.parametrize(
+    "fire_reset, expected", [pytest.param(False, {0, 1, 2, 3}, marks=pytest.mark.slow), (True, {1, 2, 3})]
+)
 def test_a_game_begins_after_up_to_noop_max_frames_in_training_and_in_watching(native, fire_reset, expected):
     game = find_game("Breakout-v0", noop_max=3, fire_reset=fire_reset)
     _, info = native("Breakout-v0", 16, noop_max=3, fire_reset=fire_reset).reset(seed=1)

@@ -49,6 +49,7 @@ def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_
     assert again == rows
 
 
+@pytest.mark.slow
 def test_search_that_is_stopped_saves_its_runs_and_resumes_them_the_next_time(tmp_path):
     text, run = "tiny: --num_threads=1 --agents_per_thread=2 --summary_period=2\n", tmp_path / "runs" / "tiny-1"
     with Child(command(tmp_path, text, "--steps=1000000000")) as child:

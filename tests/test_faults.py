@@ -62,8 +62,15 @@ RARELY = "--save_period=1000000"
 
 @pytest.mark.row(n=1)
 @pytest.mark.row(n=3)
-@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["building", "training"])
+@pytest.mark.parametrize(
+    "number, expected, moment",
+    [
+        (signal.SIGINT, 130, "building"),
+        (signal.SIGINT, 130, "training"),
+        (signal.SIGTERM, 143, "training"),
+        pytest.param(signal.SIGTERM, 143, "building", marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_prints_the_path_and_ends_within_ten_seconds(tmp_path, number, expected, moment):
     folder = tmp_path / "run"
     with Running(folder, ENDLESS, RARELY) as running:
@@ -118,6 +125,7 @@ def test_second_signal_during_a_save_leaves_a_complete_checkpoint(trained, tmp_p
     assert again.warnings == []
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=2)
 def test_hail_of_ctrl_c_while_every_update_is_saved(tmp_path):
     folder = tmp_path / "run"
@@ -138,7 +146,7 @@ def test_hail_of_ctrl_c_while_every_update_is_saved(tmp_path):
 
 @pytest.mark.row(n=4)
 @pytest.mark.row(n=5)
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_resumes_the_newest_save(tmp_path, kills):
     """Each kill comes up to eight seconds after the packages are imported, in a run that saves about every second."""
     folder, rng = tmp_path / "run", np.random.default_rng()
@@ -259,6 +267,7 @@ def test_full_disk_ends_the_run_and_what_was_saved_is_resumed(tmp_path, size, sa
     assert "damaged" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=6)
 def test_limit_on_file_size_ends_the_run_with_earlier_saves_untouched(trained, tmp_path):
     folder = tmp_path / "run"
@@ -429,7 +438,7 @@ def test_any_damage_to_the_checkpoint_to_be_watched_is_named_and_nothing_loaded(
 # Rows 12 and 14: an exception or a stall in any thread, at any place.
 
 PLACES = ["environment step", "network step", "save"]
-GROUPS = [0, *(pytest.param(middle, marks=pytest.mark.slow) for middle in (1, 2)), 3]
+GROUPS = [0, *(pytest.param(middle, marks=pytest.mark.slow) for middle in (1, 2, 3))]
 
 
 @pytest.fixture
@@ -544,10 +553,10 @@ runpy.run_path("a3c.py", run_name="__main__")
 @pytest.mark.row(n=14)
 def test_emulator_that_waits_for_ever_in_native_code_is_named_and_the_process_ends(tmp_path):
     folder = tmp_path / "run"
-    with Running(folder, ENDLESS, "--stall_timeout=3", program=("-c", STALLED)) as running:
+    with Running(folder, ENDLESS, "--stall_timeout=10", program=("-c", STALLED)) as running:
         assert running.process.wait(timeout=60) == 1
         output = running.printed.read_text()
-    assert "TimeoutError: group 1 has not taken a step for 3 s" in output
+    assert "TimeoutError: group 1 has not taken a step for 10 s" in output
     assert f"saved {folder}/last.ckpt" in output
     assert last_iteration(folder) == newest(folder) >= 6
 
@@ -870,7 +879,7 @@ GAMES = {
     for key, spec in gymnasium.registry.items()
     if spec.entry_point == "ale_py.env:AtariEnv" and key.startswith("ALE/")
 }
-SAMPLE = ["breakout", "pong", "space_invaders", "pitfall", "tennis", "video_chess"]
+SAMPLE = ["pitfall", "video_chess"]
 
 
 TWO_PLAYERS = {"combat", "joust", "maze_craze", "warlords"}  # ale-py ships them, and registers no game for one player

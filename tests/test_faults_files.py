@@ -144,6 +144,7 @@ def test_flag_beats_the_runs_setting_and_is_reported_and_the_old_one_stays_on_re
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=28)
 def test_preset_need_not_be_given_again_and_does_not_undo_a_flag(play, tmp_path):
     play(2, "--preset=fast", "--learning_rate=1e-4")
@@ -164,6 +165,7 @@ def test_preset_of_another_network_is_refused(play, tmp_path, main):
     assert config_of(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=28)
 def test_default_that_the_user_edits_counts_for_a_resumed_run(trained, tmp_path):
     folder = tmp_path / "run"

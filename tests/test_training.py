@@ -153,6 +153,7 @@ def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path
 # Signals and kills.
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=1)
 @pytest.mark.row(n=2)
 @pytest.mark.row(n=19)
@@ -171,6 +172,7 @@ def test_second_run_in_the_same_folder_is_refused_and_ctrl_c_saves_the_first(tmp
     assert last_iteration(folder) >= iterations(folder)[-1] >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.row(n=3)
 @pytest.mark.row(n=4)
 @pytest.mark.row(n=5)

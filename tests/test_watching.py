@@ -155,6 +155,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_frameskip_is_played_filmed_and_noted(main, tmp_path):
     assert main("--iter=1", "--frameskip=6") == 0
     assert results(tmp_path)["frameskip"] == 6
