@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
@@ -16,6 +17,9 @@ import numpy as np
 from environment import FRAME_SIZE, empty_history, push_frame
 from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import UserError, tf
+
+if TYPE_CHECKING:
+    from a3c import Config
 
 
 class Progress(tf.train.experimental.PythonState):
@@ -76,7 +80,7 @@ class GroupAgent:
         rewards are raw scores.
       shared: the network to train.
       progress: counts the updates; its lock is held during each.
-      config: `a3c.Config`.
+      config: the hyperparameters.
       on_update: called with this update's losses while the lock is held.
     """
 
@@ -88,7 +92,7 @@ class GroupAgent:
         make_envs: Callable[[], gymnasium.vector.VectorEnv],
         shared: SharedNetwork,
         progress: Progress,
-        config,
+        config: "Config",
         on_update: Callable[[Losses], None],
     ):
         self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
@@ -147,7 +151,7 @@ class GroupAgent:
         """
         config, progress = self.config, self.progress
         seed = np.array([self.seeds[0], self.steps], np.int32)
-        entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
+        entropy_beta = np.float32(config.entropy_beta_at(progress.agent_steps))
         try:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
         except tf.errors.OpError:
@@ -159,9 +163,9 @@ class GroupAgent:
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
         with progress.lock:
             if not config.is_finished(progress):
-                self.update(gradients, np.float32(config.learning_rate_at(progress.iteration)))
+                self.update(gradients, np.float32(config.learning_rate_at(progress.agent_steps)))
                 progress.iteration += 1
-                progress.agent_steps += config.unroll_step * config.agents_per_thread
+                progress.agent_steps += config.steps_per_update
                 self.on_update(losses)
 
     def _rollout(self, history, seed, entropy_beta):
