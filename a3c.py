@@ -189,8 +189,9 @@ def _train(config: Config, signals: list[int]) -> int:
 
 def game_and_device(config: Config) -> tuple[Game, str]:
     """Return the game to play and the TensorFlow device to compute on; raises UserError where there is none such."""
-    frames = config.frameskip, config.random_frameskip, config.max_pool, config.noop_max, config.fire_reset
-    return find_game(config.game, *frames), startup.choose_device(config.device, config.num_threads)
+    names = "frameskip", "random_frameskip", "max_pool", "noop_max", "fire_reset"
+    game = find_game(config.game, **{name: getattr(config, name) for name in names})
+    return game, startup.choose_device(config.device, config.num_threads)
 
 
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:

@@ -47,15 +47,8 @@ class Progress(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """Return the state as JSON, for the checkpoint."""
-        return json.dumps(
-            {
-                "iteration": self.iteration,
-                "agent_steps": self.agent_steps,
-                "episodes": self.episodes,
-                "seconds": self.total_seconds(),
-                "scores": self.recent_scores().tolist(),
-            }
-        )
+        counts = {"iteration": self.iteration, "agent_steps": self.agent_steps, "episodes": self.episodes}
+        return json.dumps({**counts, "seconds": self.total_seconds(), "scores": self.recent_scores().tolist()})
 
     def deserialize(self, string_value: str | bytes) -> None:
         """Take over a saved state; the number of environments may have changed since."""
@@ -108,13 +101,10 @@ class GroupAgent:
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = math.inf  # time of the last sign of life, once it is this group's turn; the watchdog reads it
         self.failure = None  # what the games raised
-        # One graph each, for good: two threads that trace at once disturb each other.
-        scalar = tf.TensorSpec([], tf.float32)
-        history = tf.TensorSpec.from_tensor(self.history)
-        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(
-            history, tf.TensorSpec([2], tf.int32), scalar
-        )
+        # One graph of each, for good: two threads that trace at once disturb each other.
+        history, seed, scalar = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
+        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, seed, scalar)
         self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar)
 
     def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
@@ -208,20 +198,20 @@ class GroupAgent:
         self.network.copy_from(self.shared)
 
     def _step_in_graph(self, action):
-        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and end of return [B] bool."""
-        with tf.device("/CPU:0"):
-            outputs = tf.numpy_function(self._step_or_note, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
-        num_envs = self.config.agents_per_thread
-        for output, shape in zip(outputs, ([num_envs, FRAME_SIZE, FRAME_SIZE], *3 * [[num_envs]]), strict=True):
-            output.set_shape(shape)
-        return outputs
+        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and return_ends [B] bool."""
 
-    def _step_or_note(self, action):
-        try:
-            return self.step(action)
-        except BaseException as error:
-            self.failure = error
-            raise
+        def step(action):
+            try:
+                return self.step(action)
+            except BaseException as error:
+                self.failure = error  # TensorFlow will raise an account of it
+                raise
+
+        with tf.device("/CPU:0"):
+            outputs = tf.numpy_function(step, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
+        num_envs = self.config.agents_per_thread
+        shapes = [[num_envs, FRAME_SIZE, FRAME_SIZE], [num_envs], [num_envs], [num_envs]]
+        return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take one step in each game and keep the scores.
