@@ -146,6 +146,9 @@ def given_to_run(folder: str) -> dict:
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
         return {}
     saved = checkpoint.read_config(path)
+    for name, was in {"annealing_steps": "annealing", "save_steps": "save_period"}.items():  # once counted updates
+        if saved.get(was):
+            saved[name] = saved[was] * saved["agents_per_thread"] * saved["unroll_step"]
     names = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
     return {name: saved[name] for name in names if name in Config.__dataclass_fields__ and name != "log_dir"}
 
