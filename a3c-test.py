@@ -25,29 +25,26 @@ from environment import Game, empty_history, find_game, make_watching_env, prepr
 from startup import UserError, refusing, tf
 
 VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
-LIMITS = {"iter": (1, 2**31), "epsilon": (0, 1), "seed": (0, 2**31 - 2**20), "frameskip": (1, 1000), "film": (0, 2**31)}
 
 
 @dataclasses.dataclass
 class Flags:
-    """The flags of the command line. Raises UserError naming the first one that is out of bounds."""
+    """The flags of the command line. A number out of its bounds raises UserError, which names it."""
 
     model: str = "./models/breakout-v0/last.ckpt"  # a checkpoint, or the folder of a run: its newest one
     out: str = "/tmp/result"  # folder for results.json and play.mp4
     game: str | None = None  # an Atari id of Gymnasium; None is the one in the config.json beside the checkpoint
     device: str = "auto"  # auto, cpu, gpu or gpu:N
-    iter: int = 100  # games to play
+    iter: startup.Count = 100  # games to play
     policy: Literal["greedy", "softmax"] = "greedy"  # the likeliest action, or one drawn from the policy
-    epsilon: float = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
-    seed: int = 0  # game i is played with seed + i
-    frameskip: int | None = None  # emulator frames per agent step; None is the game's own, which may be random
-    film: int = 1  # games in the video, from the first one on
-    render: tyro.conf.FlagCreatePairsOff[bool] = False  # show ALE's window, at the speed of the console
+    epsilon: startup.Fraction = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
+    seed: startup.CountOrZero = 0  # game i is played with seed + i
+    frameskip: startup.Count | None = None  # emulator frames per agent step; None is the game's own, be it random
+    film: startup.CountOrZero = 1  # games in the video, from the first one on
+    render: bool = False  # show ALE's window, at the speed of the console
 
     def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            if (value := getattr(self, name)) is not None and not low <= value <= high:  # also true for NaN
-                raise UserError(f"{name} = {value}: must be from {low} to {high:,}")
+        startup.check_settings(self)
 
 
 def open_window(game: Game) -> gymnasium.Env:
@@ -61,8 +58,8 @@ def open_window(game: Game) -> gymnasium.Env:
 
 
 @contextlib.contextmanager
-def open_video(path: str, height: int, width: int, frames_per_second: Fraction) -> Iterator[Callable]:
-    """Yield a function that adds an RGB screen [H, W, 3] uint8 to an H.264 file. Raises UserError if that cannot be."""
+def open_video(path: str, height: int, width: int, frameskip: int) -> Iterator[Callable]:
+    """Yield a function that adds an RGB screen [H, W, 3] uint8 to an H.264 file. Raises UserError if that fails."""
     if "libx264" not in av.codecs_available:
         raise UserError("no H.264 encoder in PyAV: pip install --upgrade --only-binary=:all: av, or give --film 0")
     with refusing(f"cannot write {path!r}"):
@@ -70,7 +67,8 @@ def open_video(path: str, height: int, width: int, frames_per_second: Fraction) 
     # Fragments: a video that is cut short still plays, and nothing is kept in memory until the end.
     options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
     with file, av.open(file, "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "23"})
+        rate = Fraction(60, frameskip)  # the emulator makes 60 frames a second
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "23"})
         stream.height, stream.width = height * VIDEO_SCALE, width * VIDEO_SCALE
         stream.pix_fmt = "yuv420p"  # what browsers show
 
@@ -153,8 +151,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         games, film = [], None
         summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         if flags.film:
-            size, rate = env.unwrapped.ale.getScreenDims(), Fraction(60, game.frameskip)  # emulator frames a second
-            film = stack.enter_context(open_video(film_path, *size, rate))
+            film = stack.enter_context(open_video(film_path, *env.unwrapped.ale.getScreenDims(), game.frameskip))
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
         for seed in range(flags.seed, flags.seed + flags.iter):
             filmed = film if len(games) < flags.film else None
@@ -175,7 +172,9 @@ def main() -> int:
     signals = []
     with startup.undisturbed(signals.append):
         try:
-            watch(tyro.cli(Flags, description=__doc__.splitlines()[0], use_underscores=True), signals)
+            markers = (tyro.conf.FlagCreatePairsOff,)  # --render is a switch
+            flags = tyro.cli(Flags, description=__doc__.splitlines()[0], use_underscores=True, config=markers)
+            watch(flags, signals)
         except UserError as error:
             print(f"a3c-test.py: error: {error}", file=sys.stderr)
             return 1

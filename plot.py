@@ -1,8 +1,7 @@
 """Draw learning curves: `python plot.py log/Breakout-v0` writes scores.png and losses.png into the run's folder.
 
-Give several runs to compare them, `--steps N` as far as N agent steps. `--reference FILE.csv` adds dashed curves and
-single points of `average_score` by `agent_steps`, and by hours if it has a column `seconds`. Where its column `run`
-names several curves, each becomes one.
+Give several runs to compare them, `--steps N` as far as N agent steps. `--reference FILE.csv` adds dashed curves or
+points of `average_score` by `agent_steps` and, if it has the columns, by `episodes` and `seconds`; one for each `run`.
 """
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages
@@ -43,12 +42,12 @@ def read_columns(path: str, needed: tuple[str, ...], steps: float = math.inf) ->
         try:
             columns[name] = np.array([row[name] for row in rows], str if name == "run" else float)
         except (KeyError, ValueError):
-            wanted = "numbers with decimal points, and commas between columns"
-            raise UserError(f"{path!r}: column {name} is missing or not all numbers: it must have {wanted}") from None
-    wanted = columns["agent_steps"] <= steps
-    if not wanted.any():
+            form = "commas between columns, decimal points in numbers"
+            raise UserError(f"{path!r}: column {name} is missing or not all numbers. Write {form}") from None
+    near = columns["agent_steps"] <= steps
+    if not near.any():
         raise UserError(f"--steps {steps:,.0f}: {path!r} begins with {columns['agent_steps'][0]:,.0f} agent steps")
-    return {name: column[wanted] for name, column in columns.items()}
+    return {name: column[near] for name, column in columns.items()}
 
 
 def read_references(path: str) -> Curves:
@@ -106,8 +105,7 @@ def main() -> None:
     parser.add_argument("--reference", type=path, nargs="+", default=[], metavar="FILE", help="curves to compare with")
     parser.add_argument("--steps", type=float, default=math.inf, help="draw only this many agent steps of each run")
     flags = parser.parse_args()
-    first = flags.runs[0]
-    out = flags.out or (first if os.path.isdir(first) else os.path.dirname(first) or ".")
+    out = flags.out or (flags.runs[0] if os.path.isdir(flags.runs[0]) else os.path.dirname(flags.runs[0]) or ".")
     scores, losses = os.path.join(out, "scores.png"), os.path.join(out, "losses.png")
     paths = [os.path.abspath(path).removesuffix(os.sep + "progress.csv") for path in flags.runs]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
