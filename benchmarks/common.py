@@ -1,10 +1,11 @@
-"""What the benchmarks do alike: own a process, follow `a3c.py` by what it writes, name the machine, tell a spread.
+"""What the benchmarks do alike: own a process, time training in it, name the machine, tell a spread.
 
 TensorFlow is not imported: `peers.py` runs where there is none.
 """
 
 import contextlib
 import csv
+import json
 import os
 import pathlib
 import platform
@@ -15,12 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LIMIT = 300.0  # seconds that a child gets for whatever is waited for
+
+# Times the checkout that it is started in, again and again: a line on stdin, `["training_agents", 20]`, asks for 20 s.
+# What it calls is the same in old commits, but for the flags; their bench.py is in the folder above.
+BENCH = """
+import json, sys, tempfile
+try:
+    from benchmarks import bench
+except ImportError:
+    import bench
+if hasattr(bench.a3c, "parse_config"):
+    config = bench.a3c.parse_config(sys.argv[1:])
+else:
+    parser = bench.a3c.config_parser("")
+    config = bench.a3c.config_from(parser, parser.parse_args())
+game, device = bench.a3c.game_and_device(config)
+with bench.tf.device(device), tempfile.TemporaryDirectory() as log_dir:
+    built = bench.Bench(config, game, device, log_dir)
+    print(json.dumps({"answer": "ready"}), flush=True)
+    for line in sys.stdin:
+        agents, seconds = json.loads(line)
+        print(json.dumps({"answer": built.measure_updates(getattr(built, agents), seconds)}), flush=True)
+"""
 
 
 class Child:
@@ -36,7 +58,7 @@ class Child:
     def __init__(self, command: list[str], output: str | None = None, grace: float = 0.0, **options):
         options = {"cwd": REPOSITORY, "stdin": subprocess.DEVNULL, "text": True, **options}
         self.name = f"{' '.join(command[1:3]).splitlines()[0]} in {options['cwd']}"
-        self.grace, self.rates_seen = grace, 0
+        self.grace, self.answers = grace, 0
         self.folder = tempfile.TemporaryDirectory()
         self.output = pathlib.Path(output or f"{self.folder.name}/output")
         with self.output.open("a") as file:
@@ -79,46 +101,38 @@ class Child:
                 raise TimeoutError(f"{self.name}: nothing for {limit:.0f} s:\n{self.printed()[-3000:]}")
             time.sleep(0.1)
 
-    def next_rate(self, limit: float = LIMIT) -> float:
-        """Return the number in the next line `rate NUMBER` that it prints."""
-        seen = self.rates_seen
-        rates = self.wait_for(lambda: re.findall(r"^rate (.*)\n", self.printed(), re.MULTILINE)[seen:], limit)
-        self.rates_seen += 1
-        return float(rates[0])
-
-
-class Training(NamedTuple):
-    """`a3c.py` at work; see `training`."""
-
-    child: Child
-    progress: str  # path of its progress.csv
-
-    def wait_until_all_learn(self) -> tuple[float, float]:
-        """Return the seconds from its start to its first update, and until all groups learnt."""
-        pattern = r"first update ([\d.]+) s .* after ([\d.]+) s"
-        found = self.child.wait_for(lambda: re.search(pattern, self.child.printed()))
-        return float(found[1]), float(found[2])
-
-    def measure(self, seconds: float) -> float:
-        """Let it train for `seconds`, from one row of its progress.csv to another; return agent steps per second."""
-        first = self._next_row()
-        time.sleep(seconds)
-        last = self._next_row()
-        steps, seconds = (float(last[name]) - float(first[name]) for name in ("agent_steps", "seconds"))
-        return steps / seconds
-
-    def _next_row(self) -> dict:
-        rows = len(read_rows(self.progress))
-        return self.child.wait_for(lambda: read_rows(self.progress)[rows:])[-1]
+    def answer(self, limit: float = LIMIT):
+        """Return what the next line of JSON that it prints, `{"answer": ...}`, holds."""
+        lines = self.wait_for(lambda: re.findall(r'^{"answer": .*}\n', self.printed(), re.M)[self.answers :], limit)
+        self.answers += 1
+        return json.loads(lines[0])["answer"]
 
 
 @contextlib.contextmanager
-def training(flags: list[str], python: str = sys.executable, root: pathlib.Path = REPOSITORY):
-    """Run `a3c.py` of the checkout `root`, into a folder of its own that is gone afterwards; yield its `Training`."""
-    with tempfile.TemporaryDirectory() as log_dir:
-        command = [python, "a3c.py", "--summary_period=20", *flags, f"--log_dir={log_dir}/log"]
+def training(flags: list[str], root: pathlib.Path = REPOSITORY, python: str = sys.executable) -> Iterator[Callable]:
+    """Build what `a3c.py` of the checkout `root` trains with, in a process of its own.
+
+    Yields a function that lets "training_agents" or, without games, "network_agents" train for so many seconds, and
+    returns agent steps per second. Between its calls nothing goes on.
+    """
+    with Child([python, "-c", BENCH, *flags], cwd=root, stdin=subprocess.PIPE) as child:
+        child.answer()
+
+        def measure(agents: str, seconds: float) -> float:
+            print(json.dumps([agents, seconds]), file=child.process.stdin, flush=True)
+            return child.answer(seconds + LIMIT)
+
+        yield measure
+
+
+def first_update(flags: list[str], root: pathlib.Path = REPOSITORY) -> float:
+    """Start `a3c.py` of the checkout `root`; return the seconds until its progress.csv tells of the first update."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "a3c.py", *flags, "--summary_period=1", f"--log_dir={folder}/log"]
         with Child(command, cwd=root) as child:
-            yield Training(child, f"{log_dir}/log/progress.csv")
+            child.wait_for(lambda: read_rows(f"{folder}/log/progress.csv"))
+            return time.monotonic() - start
 
 
 def read_rows(path: str) -> list[dict]:

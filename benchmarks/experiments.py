@@ -25,6 +25,7 @@ MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
 COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
 WINDOW = 100_000  # agent steps up to a mark that a score is averaged over
 SAVE_GRACE = 120.0  # seconds that a run gets to save when it is stopped
+ANNEALING = "--annealing_steps=160000000"  # of the defaults; without it a short run would anneal sooner
 
 
 class Trial(NamedTuple):
@@ -72,7 +73,8 @@ def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event
     """Train on one core until `steps`; return the trial's row, or None where `stop` came first."""
     os.makedirs(log_dir, exist_ok=True)
     own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
-    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *shlex.split(trial.flags), *own]
+    flags = shlex.split(trial.flags) if "--preset" in trial.flags else [ANNEALING, *shlex.split(trial.flags)]
+    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags, *own]
     with Child(command, f"{log_dir}/output.txt", SAVE_GRACE) as child:
         while child.process.poll() is None and not stop.wait(0.5):
             pass

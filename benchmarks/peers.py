@@ -2,13 +2,12 @@
 
     .venv-peers/bin/python -m benchmarks.peers --rounds 5 --seconds 20 --json peers.json
 
-`ours` is `python a3c.py` with its defaults, read from its own progress.csv. `sb3-16` and `sb3-64` are A2C of
-Stable-Baselines3 with 16 games (its default) and with 64; `pytorch` is the A2C below with 64, written as most are;
-`tuned` is the same with what we found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's
-automatic mixed precision, which only a CPU with AMX or AVX512-BF16 makes fast. All on the CPU.
-Where a peer can be set up in several ways (`VARIANTS`), each is timed first and the fastest takes part. One step is one
-action in one game, 3 emulator frames. Start-up and warm-up are left out, for everyone. How to install the peers:
-`requirements-peers.txt`.
+`ours` is the training of `a3c.py` with its defaults. `sb3-16` and `sb3-64` are A2C of Stable-Baselines3 with 16 games
+(its default) and with 64. `pytorch` is the A2C below with 64, written as most are. `tuned` is the same with what we
+found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's automatic mixed precision, which
+only a CPU with AMX or AVX512-BF16 makes fast. All run on the CPU. Where a peer can be set up in several ways
+(`VARIANTS`), each is timed first and the fastest takes part. A step is one action in one game, 3 emulator frames.
+Start-up and warm-up are left out, for everyone. `requirements-peers.txt` says how to install the peers.
 """
 
 import argparse
@@ -198,28 +197,27 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat
 
 
 def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
-    """Train one peer in this process and print its steps per second."""
+    """Train one peer in this process and print its steps per second, as a line of JSON."""
     torch.set_num_threads(threads)
     timer = Timer(seconds)
     if peer.startswith("sb3"):
         train_sb3(timer, **variant)
     else:
         train_pytorch(timer, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
-    print("rate", timer.rate, flush=True)
+    print(json.dumps({"answer": timer.rate}), flush=True)
 
 
 def measure_peer(name: str, variant: dict, seconds: float) -> float:
     """Return the steps per second of a peer, in a process of its own."""
     job = json.dumps({"peer": name, "seconds": seconds, **variant})
     with Child([sys.executable, "-m", "benchmarks.peers", "--child", job]) as child:
-        return child.next_rate(seconds + LIMIT)
+        return child.answer(seconds + LIMIT)
 
 
 def measure_ours(python: str, seconds: float) -> float:
-    """Return the steps per second of `python a3c.py` once all its groups learn."""
-    with training(["--device=cpu"], python) as run:
-        run.wait_until_all_learn()
-        return run.measure(seconds)
+    """Return the steps per second of our training, in a process of its own."""
+    with training(["--device=cpu"], python=python) as measure:
+        return measure("training_agents", seconds)
 
 
 def machine() -> dict:
@@ -257,7 +255,7 @@ def main() -> None:
     """Run the command line."""
     own = REPOSITORY / ".venv" / "bin" / "python"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs a3c.py")
+    parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs ours")
     parser.add_argument("--rounds", type=int, default=5, help="each times ours, then every peer")
     parser.add_argument("--seconds", type=float, default=20.0, help="per measurement")
     parser.add_argument("--json", help="write everything to this file, after every round")
