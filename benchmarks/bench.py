@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import a3c
 from async_agent import GroupAgent, Progress
-from benchmarks.common import end_on_signals, first_update, hardware, spread, training
+from benchmarks.common import first_update, hardware, spread, train
 from environment import FRAME_SIZE, Game, make_training_envs
 from report import Report
 from startup import tf
@@ -159,8 +159,8 @@ def sweep(flags: list[str], seconds: float, path: str) -> list[dict]:
     for agents in SWEEP_AGENTS:
         rates = []
         for threads in SWEEP_THREADS:
-            with training([*flags, f"--num_threads={threads}", f"--agents_per_thread={agents}"]) as measure:
-                rates.append(round(measure("training_agents", seconds)))
+            point = [f"--num_threads={threads}", f"--agents_per_thread={agents}"]
+            rates.append(round(train([*flags, *point], seconds)))
             points.append({"num_threads": threads, "agents_per_thread": agents, "steps_per_second": rates[-1]})
             print(f"{threads} threads x {agents} agents: {rates[-1]:,} steps/s", flush=True)
         axes.plot(SWEEP_THREADS, rates, "o-", label=f"{agents} agents per thread")
@@ -185,7 +185,6 @@ def main() -> None:
         parser.error("--seconds and --rounds must be above 0")
     config = a3c.parse_config(flags)
     game, device = a3c.game_and_device(config)
-    end_on_signals()
     if arguments.sweep:
         results = {"sweep": sweep(flags, arguments.seconds, arguments.sweep)}
     else:

@@ -1,15 +1,13 @@
 """Time a commit beside the working tree: `python -m benchmarks.compare COMMIT`, with any flags of `a3c.py`.
 
-COMMIT is unpacked into a temporary folder. Each side is built once by its own `bench.py`, in a process of its own. Then
-they take turns, and who begins alternates, so that a machine whose speed drifts slows both alike. Each round gives one
-ratio.
+COMMIT is unpacked into a temporary folder. The two sides take turns, each turn in a new process, and who begins
+alternates, so that a machine whose speed drifts slows both alike. Each round gives one ratio.
 
-Timed is training, in agent steps per second; with `--network_alone`, training without games; with `--startup`, the
-seconds from the start of `a3c.py` to its first update, in a new process for every turn.
+Timed is training, in agent steps per second, by each side's own `bench.py`. With `--network_alone` it is training
+without games. With `--startup` it is the seconds from the start of `a3c.py` to its first update.
 """
 
 import argparse
-import contextlib
 import pathlib
 import shlex
 import shutil
@@ -17,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.common import REPOSITORY, end_on_signals, first_update, hardware, spread, training
+from benchmarks.common import REPOSITORY, first_update, hardware, spread, train
 
 
 def check_out(commit: str, folder: pathlib.Path) -> None:
@@ -43,32 +41,29 @@ def main() -> None:
         parser.error("--seconds and --rounds must be above 0")
     base_flags = flags if arguments.base_flags is None else shlex.split(arguments.base_flags)
     agents = "network_agents" if arguments.network_alone else "training_agents"
-    unit, names, rates = "s" if arguments.startup else "steps/s", (arguments.commit, "working tree"), ([], [])
-    end_on_signals()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        base = pathlib.Path(folder, "base")
-        check_out(arguments.commit, base)
+    unit, names, values = "s" if arguments.startup else "steps/s", (arguments.commit, "working tree"), ([], [])
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [(base_flags, pathlib.Path(folder, "base")), (flags, REPOSITORY)]
+        check_out(arguments.commit, sides[0][1])
         print(f"{hardware()}; {names[0]}: {shlex.join(base_flags)}; {names[1]}: {shlex.join(flags)}", flush=True)
-        sides = [(base_flags, base), (flags, REPOSITORY)]
-        if not arguments.startup:
-            measures = [stack.enter_context(training(*side)) for side in sides]
         for number in range(1, arguments.rounds + 1):
             for index in (0, 1) if number % 2 else (1, 0):
+                side, checkout = sides[index]
                 if arguments.startup:
-                    rates[index].append(first_update(*sides[index]))
+                    values[index].append(first_update(side, checkout))
                 else:
-                    rates[index].append(measures[index](agents, arguments.seconds))
-            pair = ", ".join(f"{name} {values[-1]:,.1f}" for name, values in zip(names, rates, strict=True))
-            ratio = rates[1][-1] / rates[0][-1]
-            print(f"round {number} of {arguments.rounds}: {pair} {unit}, ratio {ratio:.3f}", flush=True)
+                    values[index].append(train(side, arguments.seconds, checkout, agents))
+            (*_, base), (*_, own) = values
+            pair = f"{names[0]} {base:,.1f}, {names[1]} {own:,.1f} {unit}, ratio {own / base:.3f}"
+            print(f"round {number} of {arguments.rounds}: {pair}", flush=True)
     print(f"median (min - max) of {arguments.rounds} rounds")
-    for name, values in zip(names, rates, strict=True):
-        print(f"{name:20} {spread(values, ',.1f')} {unit}")
-    print(f"{'ratio':20} {spread([new / old for old, new in zip(*rates, strict=True)], '.3f')}")
+    for name, numbers in zip(names, values, strict=True):
+        print(f"{name:20} {spread(numbers, ',.1f')} {unit}")
+    print(f"{'ratio':20} {spread([own / base for base, own in zip(*values, strict=True)], '.3f')}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         sys.exit(f"compare.py: error: {error}")

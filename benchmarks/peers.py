@@ -33,7 +33,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 from torch import nn
 
-from benchmarks.common import CORES, LIMIT, REPOSITORY, Child, end_on_signals, processor, spread, training
+from benchmarks.common import CORES, LIMIT, REPOSITORY, ask, processor, spread, train
 
 FRAMESKIP, STICKY, STEPS, DISCOUNT = 3, 0.25, 5, 0.99  # as our Breakout-v0
 WARM_UP = 3.0  # seconds
@@ -197,27 +197,20 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat
 
 
 def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
-    """Train one peer in this process and print its steps per second, as a line of JSON."""
+    """Train one peer in this process and print its steps per second."""
     torch.set_num_threads(threads)
     timer = Timer(seconds)
     if peer.startswith("sb3"):
         train_sb3(timer, **variant)
     else:
         train_pytorch(timer, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
-    print(json.dumps({"answer": timer.rate}), flush=True)
+    print(json.dumps(timer.rate))
 
 
 def measure_peer(name: str, variant: dict, seconds: float) -> float:
     """Return the steps per second of a peer, in a process of its own."""
     job = json.dumps({"peer": name, "seconds": seconds, **variant})
-    with Child([sys.executable, "-m", "benchmarks.peers", "--child", job]) as child:
-        return child.answer(seconds + LIMIT)
-
-
-def measure_ours(python: str, seconds: float) -> float:
-    """Return the steps per second of our training, in a process of its own."""
-    with training(["--device=cpu"], python=python) as measure:
-        return measure("training_agents", seconds)
+    return ask([sys.executable, "-m", "benchmarks.peers", "--child", job], limit=seconds + LIMIT)
 
 
 def machine() -> dict:
@@ -242,7 +235,7 @@ def choose_variants(seconds: float) -> dict[str, dict]:
             try:
                 rates.append(measure_peer(peer, variant, seconds))
                 print(f"  {peer:12} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
-            except (RuntimeError, TimeoutError) as error:
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
                 rates.append(0.0)
                 print(f"  {peer:12} skipped  {variant}: {str(error).splitlines()[-1]}", flush=True)
         if not any(rates):
@@ -265,19 +258,19 @@ def main() -> None:
         return run_child(**json.loads(args.child))
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")
-    end_on_signals()
 
-    version = "import importlib.metadata as m; print(m.version('tensorflow'))"
-    tensorflow = subprocess.run([args.python, "-c", version], check=True, timeout=60, capture_output=True, text=True)
-    hardware = {**machine(), "tensorflow": tensorflow.stdout.strip()}
+    version = "import importlib.metadata, json; print(json.dumps(importlib.metadata.version('tensorflow')))"
+    hardware = {**machine(), "tensorflow": ask([args.python, "-c", version])}
     print(", ".join(f"{name} {value}" for name, value in hardware.items()))
     print("Choosing the fastest variant of each peer:")
     chosen = choose_variants(max(3.0, args.seconds / 4))
     rates = {name: [] for name in ("ours", *chosen)}
     for number in range(1, args.rounds + 1):
         for name, values in rates.items():
-            ours = name == "ours"
-            rate = measure_ours(args.python, args.seconds) if ours else measure_peer(name, chosen[name], args.seconds)
+            if name == "ours":
+                rate = train(["--device=cpu"], args.seconds, python=args.python)
+            else:
+                rate = measure_peer(name, chosen[name], args.seconds)
             values.append(rate)
             print(f"round {number} of {args.rounds}  {name:12} {rate:7,.0f} steps/s", flush=True)
         ratios = {peer: [a / b for a, b in zip(rates["ours"], rates[peer], strict=True)] for peer in chosen}

@@ -4,6 +4,7 @@ import startup  # isort: skip  # first: it sets TensorFlow up
 
 import collections
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import a3c
 import checkpoint
 import groups
+import plot
 from a3c import Config
 
 startup.choose_device("cpu", num_groups=2)  # it cannot be set later
@@ -213,3 +216,29 @@ def use_games(monkeypatch, *envs):
     """Let the groups play `envs`."""
     waiting = list(envs)
     monkeypatch.setattr(groups, "make_training_envs", lambda *_: waiting.pop(0))
+
+
+# The programs that are not modules of the package, and their pictures.
+
+_spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
+watching = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(watching)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Return a function that runs plot.py in this process."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
+        plot.main()
+
+    return call
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the figures that plot.py saves from now on."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
