@@ -10,21 +10,27 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import av
 import gymnasium
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+import a3c
 import checkpoint
-from environment import Game, empty_history, find_game, make_watching_env, preprocess, push_frame
+from environment import (
+    Game,
+    empty_history,
+    find_game,
+    history_to_frames,
+    make_watching_env,
+    preprocess,
+    push_frame,
+)
+from film import Moment, open_film
 from startup import UserError, refusing, tf
-
-VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
 
 
 @dataclasses.dataclass
@@ -41,6 +47,7 @@ class Flags:
     seed: startup.CountOrZero = 0  # game i is played with seed + i
     frameskip: startup.Count | None = None  # emulator frames per agent step; None is the game's own, be it random
     film: startup.CountOrZero = 1  # games in the video, from the first one on
+    explain: bool = False  # the video also shows what the agent sees, chooses and expects
     render: bool = False  # show ALE's window, at the speed of the console
 
     def __post_init__(self):
@@ -57,32 +64,6 @@ def open_window(game: Game) -> gymnasium.Env:
         raise UserError(f"--render: no display answers ({error}). Leave it out and look at play.mp4 instead") from error
 
 
-@contextlib.contextmanager
-def open_video(path: str, height: int, width: int, frameskip: int) -> Iterator[Callable]:
-    """Yield a function that adds an RGB screen [H, W, 3] uint8 to an H.264 file. Raises UserError if that fails."""
-    if "libx264" not in av.codecs_available:
-        raise UserError("no H.264 encoder in PyAV: pip install --upgrade --only-binary=:all: av, or give --film 0")
-    with refusing(f"cannot write {path!r}"):
-        file = open(path, "wb")  # noqa: SIM115  # a file, because FFmpeg takes `run:1` for a protocol
-    # Fragments: a video that is cut short still plays, and nothing is kept in memory until the end.
-    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-    with file, av.open(file, "w", format="mp4", options=options) as container:
-        rate = Fraction(60, frameskip)  # the emulator makes 60 frames a second
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "23"})
-        stream.height, stream.width = height * VIDEO_SCALE, width * VIDEO_SCALE
-        stream.pix_fmt = "yuv420p"  # what browsers show
-
-        def add(screen: np.ndarray | None) -> None:
-            if screen is not None:
-                screen = screen.repeat(VIDEO_SCALE, axis=0).repeat(VIDEO_SCALE, axis=1)
-                screen = av.VideoFrame.from_ndarray(screen, format="rgb24")
-            with refusing(f"cannot write {path!r}"):
-                container.mux(stream.encode(screen))
-
-        yield add
-        add(None)  # what the encoder still holds
-
-
 def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.random.Generator) -> int:
     """Return an action for logits [A]: drawn from their softmax, or the likeliest but for a share of random ones."""
     if not np.all(np.isfinite(logits)):
@@ -96,26 +77,28 @@ def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.rando
 def play_game(
     env: gymnasium.Env, network: Callable, seed: int, policy: str, epsilon: float, film=None, signals: Sequence = ()
 ) -> tuple[float, list[float]]:
-    """Play a game to its end, or until a signal is in `signals`; `film` is called with each RGB screen [H, W, 3].
+    """Play a game to its end, or until a signal is in `signals`; `film` is called with each `film.Moment`.
 
     Returns the raw score, and what it was at each loss of a life; nothing where the game has no lives.
     """
     rng = np.random.default_rng(seed)
-    screen, info = env.reset(seed=seed)
+    observation, info = env.reset(seed=seed)
     history, is_first = empty_history(1), np.array([True])
     score, lives, lives_lost_at, ended = 0.0, info["lives"], [], False
     while not (ended or signals):
-        if film:
-            film(env.unwrapped.ale.getScreenRGB())
-        history = push_frame(history, preprocess(screen)[None], is_first)
+        screen = env.unwrapped.ale.getScreenRGB() if film else None
+        history = push_frame(history, preprocess(observation)[None], is_first)
         is_first = np.array([False])
-        logits, _ = network(history)
-        action = choose_action(logits[0].numpy(), policy, epsilon, rng)
-        screen, reward, terminated, truncated, info = env.step(action)
-        score, ended = score + float(reward), terminated or truncated
-        if info["lives"] < lives:
+        logits, value = (output[0].numpy() for output in network(history))
+        action = choose_action(logits, policy, epsilon, rng)
+        observation, reward, terminated, truncated, info = env.step(action)
+        ended, life_lost = terminated or truncated, info["lives"] < lives
+        if film:
+            frames = history_to_frames(history)[0].numpy()
+            film(Moment(screen, frames, logits, value, score, lives, action, reward, ended, life_lost))
+        score, lives = score + float(reward), info["lives"]
+        if life_lost:
             lives_lost_at.append(score)
-        lives = info["lives"]
     return score, lives_lost_at
 
 
@@ -151,7 +134,8 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         games, film = [], None
         summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         if flags.film:
-            film = stack.enter_context(open_video(film_path, *env.unwrapped.ale.getScreenDims(), game.frameskip))
+            explained = {**dataclasses.asdict(a3c.Config()), **config} if flags.explain else None
+            film = stack.enter_context(open_film(film_path, env, game, explained))
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
         for seed in range(flags.seed, flags.seed + flags.iter):
             filmed = film if len(games) < flags.film else None

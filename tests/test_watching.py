@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, watching
 
+import film
 from environment import history_to_frames, preprocess
 from startup import UserError, tf
 
@@ -56,7 +57,7 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
 
     def network(history):
         histories.append(history_to_frames(history)[0].numpy())
-        return tf.constant(logits[len(histories) % 4][None]), None
+        return tf.constant(logits[len(histories) % 4][None]), tf.constant([len(histories) / 2])
 
     game, filmed = ScriptedGame(), []
     score, lives_lost_at = watching.play_game(game, network, 1, "greedy", 0.0, filmed.append)
@@ -68,7 +69,12 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
         queue.append(preprocess(screen))
         np.testing.assert_array_equal(found, np.stack(queue, axis=-1))
     assert len(histories) == 6
-    np.testing.assert_array_equal(filmed, game.screens[:6])
+    np.testing.assert_array_equal([moment.screen for moment in filmed], game.screens[:6])
+    np.testing.assert_array_equal([moment.frames for moment in filmed], histories)
+    assert [moment.value for moment in filmed] == [0.5, 1, 1.5, 2, 2.5, 3]
+    told = [(m.score, m.lives, m.action, m.reward, m.ended, m.life_lost) for m in filmed]
+    assert told[:2] == [(0, 3, 1, 1, False, False), (1, 3, 2, -2, False, True)]
+    assert told[-1] == (11, 2, 2, 32, True, True)
 
 
 # The command.
@@ -113,9 +119,9 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
 
 @pytest.mark.parametrize("frameskip", [7, 121, 1000])
 def test_video_is_as_fast_as_the_game_whatever_the_frameskip(tmp_path, frameskip):
-    with watching.open_video(str(tmp_path / "play.mp4"), 210, 160, frameskip) as film:
+    with film.open_video(str(tmp_path / "play.mp4"), 210, 160, frameskip) as show:
         for _ in range(3):
-            film(np.zeros([210, 160, 3], np.uint8))
+            show(np.zeros([210, 160, 3], np.uint8))
     with av.open(str(tmp_path / "play.mp4")) as video:
         times = [frame.time for frame in video.decode(video=0)]
     np.testing.assert_allclose(np.diff(times), frameskip / 60, rtol=1e-4)
