@@ -112,7 +112,8 @@ class Groups:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
         self.report.add(losses)
         now, config = time.monotonic(), self.config
-        if self.progress.iteration % config.save_period == 0 or now > self.saved_at + 60 * config.save_minutes:
+        reached = self.progress.agent_steps % config.save_steps < config.steps_per_update  # a multiple of save_steps
+        if reached or now > self.saved_at + 60 * config.save_minutes:
             self.saving = threading.current_thread().name, now
             self.saver.save()
             self.saving, self.saved_at = None, now

@@ -57,7 +57,12 @@ class Report:
                         self._add_point(axis, row)
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         self.bar = tqdm(
-            total=config.max_iteration, initial=progress.iteration, unit="it", dynamic_ncols=True, disable=None
+            total=config.max_agent_steps,
+            initial=progress.agent_steps,
+            unit="step",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None,
         )
         self.background = Background(take=self._write)
 
@@ -79,7 +84,7 @@ class Report:
             "average_score": scores.mean() if scores.size else math.nan,
             "maximum_score": scores.max() if scores.size else math.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),
-            "learning_rate": self.config.learning_rate_at(progress.iteration - 1),
+            "learning_rate": self.config.learning_rate_at(progress.agent_steps - self.config.steps_per_update),
             "steps_per_second": (progress.agent_steps - self.row_steps) / max(now - self.row_time, 1e-9),
         }
         self.background.write(row)
@@ -94,7 +99,7 @@ class Report:
         progress, scores = self.progress, self.progress.recent_scores()
         score = f", score {scores.mean():.1f}, max {scores.max():.0f}" if scores.size else ""
         self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
-        self.bar.update(progress.iteration - self.bar.n)
+        self.bar.update(progress.agent_steps - self.bar.n)
 
     def close(self) -> None:
         """Write what is left, for 2 s at most."""
