@@ -250,6 +250,31 @@ class Resumable:
         return [v.numpy() for v in (*self.shared.trainable_variables, *self.shared.mean_squares)]
 
 
+def resumed(folder):
+    """Return the progress of the newest save, which must be complete."""
+    state = Resumable(folder)
+    assert state.resume() == checkpoint.numbered(str(folder))[0]
+    assert state.warnings == []
+    return state.progress
+
+
+def refusal(ended, program="a3c.py"):
+    """Return what a program says at its end where it refuses something; `ended`: status, what it printed, errors."""
+    status, _, errors = ended
+    assert status == 1
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert line.startswith(f"{program}: error: ")
+    return line.removeprefix(f"{program}: error: ")
+
+
+def ended(words, seconds=120, **options):
+    """Run a command to its end in the project's folder: status, what it printed, its errors."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": False, "timeout": seconds, **options}
+    process = subprocess.run(words, **options)
+    return process.returncode, process.stdout, process.stderr
+
+
 def equal(one, other):
     return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 

@@ -33,9 +33,6 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# What is saved and resumed.
-
-
 def test_resumed_run_has_all_that_was_saved_and_goes_on_as_if_it_had_not_stopped(tmp_path):
     run, other = Resumable(tmp_path), Resumable(tmp_path, seed=2)
     assert other.resume() is None
@@ -127,8 +124,6 @@ def test_folder_of_a_run_that_saves_all_the_time_can_be_watched_at_any_moment(tm
     assert seen[-1] > seen[0]
 
 
-# Damage.
-
 POINTS = range(20)
 DAMAGES = [f"{how} {point}" for how in ("truncated", "flipped") for point in POINTS] + ["emptied", "removed"]
 
@@ -211,9 +206,6 @@ def test_half_written_files_are_removed_by_a_resume_and_do_not_keep_the_next_sav
     assert len(files(tmp_path)) == len(complete)
 
 
-# What cannot be saved.
-
-
 @pytest.mark.row(n=13)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_never_saved(saved, tmp_path, value):
@@ -248,9 +240,6 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
         saved[0].save(40)
     assert [checkpoint.read(str(tmp_path / name))[1] for name in ("last.ckpt", "model.ckpt-40")] == [30, 40]
     assert not (tmp_path / ".unfinished").exists()
-
-
-# What cannot be loaded.
 
 
 @pytest.mark.row(n=10)
