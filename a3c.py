@@ -4,28 +4,23 @@ Four threads each play 64 games for 5 steps on their own copy of one network, tu
 the shared network without waiting for the others, and copy its weights back. The threads' loop is in `async_agent.py`,
 the network and its update in `network.py`, starting and stopping in `groups.py`.
 
-Running again with the same log folder resumes. What the run was given by flags or a preset holds and need not be given
-again; a new flag or an edited default beats it and is reported; `config.json` keeps what was before in its `history`.
+A second run in the same log folder resumes the first, with the settings that flags or a preset gave to the first. A new
+flag or an edited default beats them and is reported; `config.json` keeps what was before in its `history`.
 
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"; hiwonjoon/tf-a3c-gpu.
 """
-
-from __future__ import annotations
 
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
 
 import argparse
 import dataclasses
-import inspect
 import math
 import os
-import re
 import sys
 import time
 import traceback
-import typing
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Literal
 
 import checkpoint
 from async_agent import Progress
@@ -33,60 +28,60 @@ from environment import Game, find_game
 from groups import Groups, run_folder
 from network import SharedNetwork
 from report import Report
-from startup import UserError, tf
+from startup import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, UserError, tf
 
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip none`."""
+    """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip None`.
+
+    An agent step is one action in one game. An update is made of `steps_per_update` of them, by default 64 games * 5
+    steps = 320, which are 960 emulator frames of Breakout-v0. The original counted updates, and called them iterations.
+    """
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
     log_dir: str = ""  # folder of the run, `~` is yours; empty means log/<game>
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
-    random_seed: int = 113  # weights, games and actions; with one thread a run repeats bit for bit
+    random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
 
-    num_threads: int = 4  # groups of games, each with a thread and a copy of the network
-    agents_per_thread: int = 64  # games in a group
-    unroll_step: int = 5  # agent steps of each game per update
-    max_iteration: int = 1_000_000  # updates in all; 1 is 64 games * 5 steps = 320 agent steps = 960 frames
-    max_agent_steps: int | None = None  # agent steps in all; with none only max_iteration ends a run
-    frameskip: int | None = None  # emulator frames per agent step; none is the game's own
+    num_threads: Count = 4  # groups of games, each with a thread and a copy of the network
+    agents_per_thread: Count = 64  # games in a group
+    unroll_step: Count = 5  # agent steps of each game per update
+    max_agent_steps: Count = 320_000_000  # agent steps in all: the original's 1,000,000 updates
+    max_iteration: Count | None = None  # updates in all; None is no limit
+    frameskip: Count | None = None  # emulator frames per agent step; None is the game's own
     random_frameskip: bool = False  # draw it anew for every step where the game's id does; else it is the mean
     max_pool: bool = False  # a frame is the maximum of a step's last two: shows what flickers (ALE/Asteroids-v5)
-    noop_max: int = 0  # most emulator frames without an action before a game begins, drawn anew for each
+    noop_max: CountOrZero = 0  # most emulator frames without an action before a game begins, drawn anew for each
     fire_reset: bool = False  # the first of them, and at least one, presses FIRE where the game has that
-    discount_factor: float = 0.99  # of the reward one agent step later
-    gae_lambda: float = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
+    discount_factor: PositiveFraction = 0.99  # of the reward one agent step later
+    gae_lambda: Fraction = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
     life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
-    reward_clip: float | None = 1.0  # learn from rewards clipped to -1..1; none learns from raw scores
+    reward_clip: Positive | None = 1.0  # learn from rewards clipped to -1..1; None learns from raw scores
 
-    learning_rate: float = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
-    annealing: int | None = None  # updates over which the learning rate falls; none is half of max_iteration
+    learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
+    annealing_steps: Count | None = None  # agent steps over which it falls; None is half of max_agent_steps
     anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
-    decay: float = 0.99  # of RMSProp's mean square, per update
-    rmsprop_epsilon: float = 1e-10  # added to the mean square, inside the root
-    grad_clip: float | None = 0.1  # most L2 norm per element, for each tensor of a gradient; none turns it off
-    global_clip: float | None = None  # most L2 norm of all gradients together; none turns it off
-    entropy_beta: float = 0.01  # weight of the policy's entropy in the loss
-    value_weight: float = 1.0  # weight of the value loss in the loss
+    decay: Fraction = 0.99  # of RMSProp's mean square, per update
+    rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
+    grad_clip: Positive | None = 0.1  # most L2 norm per element, for each tensor of a gradient; None turns it off
+    global_clip: Positive | None = None  # most L2 norm of all gradients together; None turns it off
+    entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss
+    value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
-    filters: int = 32  # of the first convolution; the second has twice as many
+    filters: Count = 32  # of the first convolution; the second has twice as many
 
-    compute_dtype: str = "auto"  # of the threads' copies: float32, bfloat16, or bfloat16 where the CPU is fast at it
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the threads' copies; auto is what is faster
 
-    save_period: int = 20_000  # updates between checkpoints; the newest three are kept
-    save_minutes: float = 10.0  # most minutes between checkpoints, whatever save_period
-    summary_period: int = 100  # updates between lines of the report, of progress.csv and of TensorBoard
-    stall_timeout: float = 300.0  # seconds without a step of some group after which the run is saved and ended
+    save_steps: Count = 6_400_000  # agent steps between checkpoints; the newest three are kept
+    save_minutes: Positive = 10.0  # most minutes between checkpoints, whatever save_steps
+    summary_period: Count = 100  # updates between lines of the report, of progress.csv and of TensorBoard
+    stall_timeout: Positive = 300.0  # seconds without a step of some group after which the run is saved and ended
 
     def __post_init__(self):
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
-        hints = typing.get_type_hints(Config)
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, _checked(field.name, getattr(self, field.name), hints[field.name]))
-        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"compute_dtype = {self.compute_dtype!r}: must be auto, float32 or bfloat16")
+        startup.check_settings(self)
         checkpoint.check_path("log_dir", self.log_dir)
 
     @property
@@ -94,23 +89,26 @@ class Config:
         """The folder of the run."""
         return os.path.expanduser(self.log_dir) or os.path.join("log", self.game)
 
+    @property
+    def steps_per_update(self) -> int:
+        """Agent steps that one update learns from."""
+        return self.agents_per_thread * self.unroll_step
+
     def is_finished(self, progress: Progress) -> bool:
         """Return whether a run that has come so far is over."""
-        enough_steps = self.max_agent_steps is not None and progress.agent_steps >= self.max_agent_steps
-        return progress.iteration >= self.max_iteration or enough_steps
+        return progress.agent_steps >= self.max_agent_steps or progress.iteration >= (self.max_iteration or math.inf)
 
-    def learning_rate_at(self, iteration: int) -> float:
-        """Return the learning rate of the update after so many."""
-        return self.learning_rate * self._annealed(iteration)
+    def learning_rate_at(self, agent_steps: int) -> float:
+        """Return the learning rate of the update after so many agent steps."""
+        return self.learning_rate * self._annealed(agent_steps)
 
-    def entropy_beta_at(self, iteration: int) -> float:
-        """Return the entropy's weight of the update after so many."""
-        return self.entropy_beta * (self._annealed(iteration) if self.anneal_entropy else 1.0)
+    def entropy_beta_at(self, agent_steps: int) -> float:
+        """Return the entropy's weight of the update after so many agent steps."""
+        return self.entropy_beta * (self._annealed(agent_steps) if self.anneal_entropy else 1.0)
 
-    def _annealed(self, iteration: int) -> float:
-        """Return what is left, 1 to 0.1, of what falls over `annealing` updates."""
-        updates = self.annealing or max(1, self.max_iteration // 2)
-        return 1.0 - 0.9 * min(1.0, iteration / updates)
+    def _annealed(self, agent_steps: int) -> float:
+        """Return what is left, 1 to 0.1, of what falls over `annealing_steps`."""
+        return 1.0 - 0.9 * min(1.0, agent_steps / (self.annealing_steps or self.max_agent_steps / 2))
 
 
 # What `--preset` changes. What each change does to the score and to the speed is in docs/results.md.
@@ -122,72 +120,24 @@ PRESETS = {
         "subtract_background": True,  # nothing changes where it is black, as in Breakout; Pong does not learn without
         "filters": 16,  # a third faster
         "learning_rate": 3e-4,
-        "annealing": 62_500,  # updates: 10 million agent steps
+        "annealing_steps": 10_000_000,
         "anneal_entropy": True,
         "global_clip": 2.0,  # a burst of large gradients does not break the policy
     },
 }
 
-MAY_BE_ZERO = ("random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda")
-AT_MOST_ONE = ("discount_factor", "decay", "gae_lambda")
-LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
 
+def parse_config(flags: Sequence[str], **defaults) -> Config:
+    """Return the Config that flags ask for: one for each field, and `--preset`.
 
-def _checked(name: str, value, kind):
-    """Return `value` as the type of its field; a text is taken as from the command line."""
-    kind, *optional = typing.get_args(kind) or (kind,)
-    wanted = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
-    wanted = "none, or " + wanted if optional else wanted
-    if isinstance(value, np.generic):
-        value = value.item()
-    try:
-        if kind is str:
-            if not isinstance(value, (str, os.PathLike)):
-                raise ValueError
-            return os.fspath(value)
-        if kind is bool:
-            if str(value).lower() not in ("true", "false"):
-                raise ValueError
-            return str(value).lower() == "true"
-        if optional and (value is None or str(value).lower() == "none"):
-            return None
-        if isinstance(value, str):
-            value = int(value) if kind is int else float(value)
-        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-            raise ValueError
-        low = 0 if name in MAY_BE_ZERO else math.ulp(0.0)
-        high = 1 if name in AT_MOST_ONE else LARGEST
-        wanted += f" {'from 0' if low == 0 else 'above 0'} to {high:,}"
-        if not low <= value <= high:  # also false for NaN
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise UserError(f"{name} = {value!r}: must be {wanted}") from None
-    return value if kind is int else float(value)
-
-
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with a flag for the preset and for each field of Config, whose comment is its help."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="original", help="defaults to take (default: original)")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for field in dataclasses.fields(Config):
-        comment = comments.get(field.name, "").replace("%", "%%")
-        parser.add_argument(
-            f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=f"{comment} (default: {field.default})"
-        )
-    return parser
-
-
-def config_from(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Config:
-    """Return the Config that parsed flags ask for; a wrong value ends the program with its error's text.
-
-    What no flag says is as in the preset, and else the default.
+    What no flag says is as in `defaults`, else as in the preset, else as in Config. A wrong flag ends the program with
+    status 2 and a message on stderr that names it; `--help` ends it with the list of all.
     """
-    given = {name: value for name, value in vars(arguments).items() if name in Config.__dataclass_fields__}
-    try:
-        return Config(**{**PRESETS[arguments.preset], **given})
-    except UserError as error:
-        parser.error(str(error))
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=PRESETS, default="original")
+    chosen, others = preset.parse_known_args(flags)
+    about = f"{__doc__.splitlines()[0]}\n\n--preset {{{','.join(PRESETS)}}} sets other defaults."
+    return startup.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
 
 
 def given_to_run(folder: str) -> dict:
@@ -196,14 +146,17 @@ def given_to_run(folder: str) -> dict:
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
         return {}
     saved = checkpoint.read_config(path)
+    for name, was in {"annealing_steps": "annealing", "save_steps": "save_period"}.items():  # once counted updates
+        if saved.get(was):
+            saved[name] = saved[was] * saved["agents_per_thread"] * saved["unroll_step"]
     names = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
     return {name: saved[name] for name in names if name in Config.__dataclass_fields__ and name != "log_dir"}
 
 
 def train(config: Config) -> int:
-    """Train until `max_iteration` or a signal, resuming what the log folder holds. Return the exit status.
+    """Train until `max_agent_steps` or a signal, resuming what the log folder holds. Return the exit status.
 
-    A resumed run takes the config as it is given here; what differs from before is reported and noted.
+    A resumed run takes the config as it is given here. What differs from before is reported and noted.
 
     Raises:
       UserError: no such game or device, the log folder cannot be used, or it holds a run that cannot be resumed.
@@ -230,7 +183,7 @@ def _train(config: Config, signals: list[int]) -> int:
         if resumed:
             print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games", flush=True)
         if config.is_finished(progress):
-            limits = f"max_iteration = {config.max_iteration:,}, max_agent_steps = {config.max_agent_steps}"
+            limits = f"max_agent_steps = {config.max_agent_steps:,}, max_iteration = {config.max_iteration}"
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
         report = Report(config, progress, check)
@@ -239,8 +192,9 @@ def _train(config: Config, signals: list[int]) -> int:
 
 def game_and_device(config: Config) -> tuple[Game, str]:
     """Return the game to play and the TensorFlow device to compute on; raises UserError where there is none such."""
-    frames = config.frameskip, config.random_frameskip, config.max_pool, config.noop_max, config.fire_reset
-    return find_game(config.game, *frames), startup.choose_device(config.device, config.num_threads)
+    names = "frameskip", "random_frameskip", "max_pool", "noop_max", "fire_reset"
+    game = find_game(config.game, **{name: getattr(config, name) for name in names})
+    return game, startup.choose_device(config.device, config.num_threads)
 
 
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
@@ -278,22 +232,16 @@ def main() -> int:
     """Run the command line and return the exit status."""
     signals = []
     with startup.undisturbed(signals.append):
-        return _main(signals)
-
-
-def _main(signals: list[int]) -> int:
-    parser = config_parser(__doc__.splitlines()[0])
-    try:
-        folder = config_from(parser, parser.parse_args()).folder
-        parser.set_defaults(**given_to_run(folder))  # which go before those of Config and of a preset
-        return _train(config_from(parser, parser.parse_args()), signals)
-    except UserError as error:
-        print(f"a3c.py: error: {error}", file=sys.stderr)
-    except Exception as error:
-        traceback.print_exc()
-        if isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
-            advice = "lower --agents_per_thread or --num_threads, or use another --device"
-            print(f"a3c.py: error: out of memory: {advice}", file=sys.stderr)
+        try:
+            folder = parse_config(sys.argv[1:]).folder
+            return _train(parse_config(sys.argv[1:], **given_to_run(folder)), signals)
+        except UserError as error:
+            print(f"a3c.py: error: {error}", file=sys.stderr)
+        except Exception as error:
+            traceback.print_exc()
+            if isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
+                advice = "lower --agents_per_thread or --num_threads, or use another --device"
+                print(f"a3c.py: error: out of memory: {advice}", file=sys.stderr)
     return 1
 
 

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
@@ -16,6 +17,9 @@ import numpy as np
 from environment import FRAME_SIZE, empty_history, push_frame
 from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from startup import UserError, tf
+
+if TYPE_CHECKING:
+    from a3c import Config
 
 
 class Progress(tf.train.experimental.PythonState):
@@ -43,15 +47,8 @@ class Progress(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """Return the state as JSON, for the checkpoint."""
-        return json.dumps(
-            {
-                "iteration": self.iteration,
-                "agent_steps": self.agent_steps,
-                "episodes": self.episodes,
-                "seconds": self.total_seconds(),
-                "scores": self.recent_scores().tolist(),
-            }
-        )
+        counts = {"iteration": self.iteration, "agent_steps": self.agent_steps, "episodes": self.episodes}
+        return json.dumps({**counts, "seconds": self.total_seconds(), "scores": self.recent_scores().tolist()})
 
     def deserialize(self, string_value: str | bytes) -> None:
         """Take over a saved state; the number of environments may have changed since."""
@@ -76,7 +73,7 @@ class GroupAgent:
         rewards are raw scores.
       shared: the network to train.
       progress: counts the updates; its lock is held during each.
-      config: `a3c.Config`.
+      config: the hyperparameters.
       on_update: called with this update's losses while the lock is held.
     """
 
@@ -88,7 +85,7 @@ class GroupAgent:
         make_envs: Callable[[], gymnasium.vector.VectorEnv],
         shared: SharedNetwork,
         progress: Progress,
-        config,
+        config: "Config",
         on_update: Callable[[Losses], None],
     ):
         self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
@@ -104,13 +101,10 @@ class GroupAgent:
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = math.inf  # time of the last sign of life, once it is this group's turn; the watchdog reads it
         self.failure = None  # what the games raised
-        # One graph each, for good: two threads that trace at once disturb each other.
-        scalar = tf.TensorSpec([], tf.float32)
-        history = tf.TensorSpec.from_tensor(self.history)
-        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(
-            history, tf.TensorSpec([2], tf.int32), scalar
-        )
+        # One graph of each, for good: two threads that trace at once disturb each other.
+        history, seed, scalar = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
+        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, seed, scalar)
         self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar)
 
     def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
@@ -147,7 +141,7 @@ class GroupAgent:
         """
         config, progress = self.config, self.progress
         seed = np.array([self.seeds[0], self.steps], np.int32)
-        entropy_beta = np.float32(config.entropy_beta_at(progress.iteration))
+        entropy_beta = np.float32(config.entropy_beta_at(progress.agent_steps))
         try:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
         except tf.errors.OpError:
@@ -159,9 +153,9 @@ class GroupAgent:
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
         with progress.lock:
             if not config.is_finished(progress):
-                self.update(gradients, np.float32(config.learning_rate_at(progress.iteration)))
+                self.update(gradients, np.float32(config.learning_rate_at(progress.agent_steps)))
                 progress.iteration += 1
-                progress.agent_steps += config.unroll_step * config.agents_per_thread
+                progress.agent_steps += config.steps_per_update
                 self.on_update(losses)
 
     def _rollout(self, history, seed, entropy_beta):
@@ -204,20 +198,20 @@ class GroupAgent:
         self.network.copy_from(self.shared)
 
     def _step_in_graph(self, action):
-        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and end of return [B] bool."""
-        with tf.device("/CPU:0"):
-            outputs = tf.numpy_function(self._step_or_note, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
-        num_envs = self.config.agents_per_thread
-        for output, shape in zip(outputs, ([num_envs, FRAME_SIZE, FRAME_SIZE], *3 * [[num_envs]]), strict=True):
-            output.set_shape(shape)
-        return outputs
+        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and return_ends [B] bool."""
 
-    def _step_or_note(self, action):
-        try:
-            return self.step(action)
-        except BaseException as error:
-            self.failure = error
-            raise
+        def step(action):
+            try:
+                return self.step(action)
+            except BaseException as error:
+                self.failure = error  # TensorFlow will raise an account of it
+                raise
+
+        with tf.device("/CPU:0"):
+            outputs = tf.numpy_function(step, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
+        num_envs = self.config.agents_per_thread
+        shapes = [[num_envs, FRAME_SIZE, FRAME_SIZE], [num_envs], [num_envs], [num_envs]]
+        return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take one step in each game and keep the scores.

@@ -29,20 +29,20 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for ever
 
 
 class Game(NamedTuple):
-    """One registered Atari game, with the settings of its Gymnasium id."""
+    """One registered Atari game, with the settings of its Gymnasium id and what training changes in them."""
 
     id: str  # "Breakout-v0"
     rom: str  # "breakout"
+    num_actions: int
+    background: int  # grey level, 0..255, of most of the screen in play
+    repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
+    max_frames: int  # emulator frames after which a game is cut off
     frameskip: int  # emulator frames per agent step in training, or their mean
     frameskip_range: tuple[int, int] | None  # (low, high), both included, where the id draws it at random
     random_frameskip: bool  # whether training draws it too
-    repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
-    max_frames: int  # emulator frames after which a game is cut off
-    max_pool: bool  # whether a frame is the maximum of the last two of its step
-    noop_max: int  # most emulator frames without an action before a game begins, drawn anew for each
-    fire_reset: bool  # whether the first of them presses FIRE, where the game has that
-    num_actions: int
-    background: int  # grey level, 0..255, of most of the screen in play
+    max_pool: bool = False  # whether a frame is the maximum of the last two of its step
+    noop_max: int = 0  # most emulator frames without an action before a game begins, drawn anew for each
+    fire_reset: bool = False  # whether the first of them presses FIRE, where the game has that
 
     def describe(self) -> str:
         """Return one line that says what is played, and how it differs from the registered environment."""
@@ -56,18 +56,11 @@ class Game(NamedTuple):
         return f"{self.id}: {self.num_actions} actions, {skip}"
 
 
-def find_game(
-    game_id: str,
-    frameskip: int | None = None,
-    random_frameskip: bool = False,
-    max_pool: bool = False,
-    noop_max: int = 0,
-    fire_reset: bool = False,
-) -> Game:
+def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool = False, **start_and_frames) -> Game:
     """Look up an Atari game such as `Breakout-v0`, `SpaceInvaders-v4` or `ALE/MsPacman-v5`.
 
-    Training uses `frameskip` in place of the game's own; without it, `random_frameskip` makes training draw it anew
-    for every step where the id does so. The last three are as in `Game`.
+    Training uses `frameskip` in place of the game's own. Without it, `random_frameskip` makes training draw it anew for
+    every step where the id does so. `start_and_frames` are the last three fields of `Game`.
 
     Raises:
       UserError: no such game, or a Gymnasium environment that is not Atari; names the nearest Atari games. Or
@@ -84,25 +77,24 @@ def find_game(
         frameskip_range = (frameskip[0], frameskip[1] - 1)
         frameskip = round(sum(frameskip_range) / 2)
     random_frameskip = random_frameskip and frameskip_range is not None
-    if max_pool and (random_frameskip or frameskip == 1):  # the games in C++ then see one frame at a time
+    single_frames = random_frameskip or frameskip == 1  # is what the games in C++ are asked for
+    if single_frames and start_and_frames.get("max_pool"):
         raise UserError(f"max_pool = True: {game_id} would be played frame by frame here; set frameskip = 2 or more")
     env = _make(game_id)
-    num_actions, background = int(env.action_space.n), _background(env)
-    env.close()
-    return Game(
+    game = Game(
         id=game_id,
         rom=settings["game"],
+        num_actions=int(env.action_space.n),
+        background=_background(env),
+        repeat_action_probability=settings["repeat_action_probability"],
+        max_frames=settings["max_num_frames_per_episode"],
         frameskip=frameskip,
         frameskip_range=frameskip_range,
         random_frameskip=random_frameskip,
-        repeat_action_probability=settings["repeat_action_probability"],
-        max_frames=settings["max_num_frames_per_episode"],
-        max_pool=max_pool,
-        noop_max=noop_max,
-        fire_reset=fire_reset,
-        num_actions=num_actions,
-        background=background,
+        **start_and_frames,
     )
+    env.close()
+    return game
 
 
 def _background(env: gymnasium.Env) -> int:

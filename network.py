@@ -13,29 +13,33 @@ from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
+HIDDEN_UNITS = 256
 
 
 class ActorCritic(tf.Module):
     """Two convolutions and a hidden layer under a policy head and a value head.
 
-    The first convolution has `filters` filters, the second twice as many. Weights are kept, and layers computed, in
-    `compute_dtype`; logits and values are float32 in any case. Where most of the screen is bright, its grey level,
-    `background`, should be taken off the pixels: else the first updates leave most filters of the first convolution
-    below zero wherever they look, and what is below zero everywhere learns no more.
+    Args:
+      num_actions: A.
+      seed: of the initial weights.
+      compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
+      filters: of the first convolution; the second has twice as many.
+      background: grey level that is subtracted from the pixels. Where most of the screen is bright, this is needed:
+        else the first updates push most filters of the first convolution below zero everywhere, where they stop learning.
     """
 
     def __init__(
         self, num_actions: int, seed: int = 0, compute_dtype: str = "float32", filters: int = 32, background: int = 0
     ):
         super().__init__()
-        self.num_actions, self.background, self.compute_dtype = num_actions, background, tf.as_dtype(compute_dtype)
+        self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
         flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
             "conv1": [8, 8, 4, filters],
             "conv2": [4, 4, filters, 2 * filters],
-            "hidden": [flat, 256],
-            "policy": [256, num_actions],
-            "value": [256, 1],
+            "hidden": [flat, HIDDEN_UNITS],
+            "policy": [HIDDEN_UNITS, num_actions],
+            "value": [HIDDEN_UNITS, 1],
         }
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
@@ -43,21 +47,21 @@ class ActorCritic(tf.Module):
             initial = tf.cast(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
-        if background:  # among the biases, so that a checkpoint knows it; not trained
+        if background:  # a bias of the pixels, so that a checkpoint knows it; not trained
             self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
 
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels are 0..255."""
         x = tf.cast(history_to_frames(history), self.compute_dtype)
-        x = x + self.biases["input"] if self.background else x
         w, b = self.weights, self.biases
+        x = x + b["input"] if "input" in b else x
         # oneDNN computes the gradient of `bias_add` along with that of the convolution. But in bfloat16, wherever that
         # does not happen, it is summed in bfloat16, and half of it is lost.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
-        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, 256]
+        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, HIDDEN_UNITS]
         logits = x @ w["policy"] + b["policy"]
         value = x @ w["value"] + b["value"]
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
@@ -164,10 +168,11 @@ class SharedNetwork(ActorCritic):
         copies_dtype: str = "float32",
     ):
         super().__init__(num_actions, seed, filters=filters, background=background)
-        self.decay, self.epsilon, self.filters, self.copies_dtype = decay, epsilon, filters, copies_dtype
+        self.decay, self.epsilon, self.copies_dtype = decay, epsilon, copies_dtype
+        self.filters, self.background = filters, background
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
-        self.momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
+        self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""
@@ -177,9 +182,8 @@ class SharedNetwork(ActorCritic):
 
     def apply_gradients(self, gradients, learning_rate):
         """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""
-        for variable, mean_square, momentum, gradient in zip(
-            self.trainable_variables, self.mean_squares, self.momenta, gradients, strict=True
-        ):
+        slots = zip(self.trainable_variables, self.mean_squares, self.no_momenta, gradients, strict=True)
+        for variable, mean_square, momentum, gradient in slots:
             tf.raw_ops.ResourceApplyRMSProp(
                 var=variable.handle,
                 ms=mean_square.handle,

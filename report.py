@@ -82,7 +82,7 @@ class Report:
             "iteration": progress.iteration,
             "agent_steps": progress.agent_steps,
             "episodes": progress.episodes,
-            "seconds": progress.total_seconds(),
+            "seconds": round(progress.total_seconds(), 2),
             "average_score": scores.mean() if scores.size else np.nan,
             "maximum_score": scores.max() if scores.size else np.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),

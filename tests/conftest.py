@@ -97,8 +97,8 @@ def make_config(tmp_path):
 # The program in a process of its own.
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_period=3", "--device=cpu"]
-ENDLESS = "--max_iteration=1000000"
+TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_steps=60", "--device=cpu"]
+ENDLESS = "--max_iteration=None"
 
 
 def command(folder, *flags, program=("a3c.py",)):

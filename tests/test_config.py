@@ -1,8 +1,9 @@
-"""Hyperparameters: defaults, wrong values, and the flags that are made of them."""
+"""Hyperparameters: defaults, what the presets change, wrong values, the flags that are made of them, schedules."""
 
 import dataclasses
 import math
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -11,47 +12,20 @@ import pytest
 import a3c
 from a3c import Config
 
-FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Config)}
-TEXTS = [name for name, kind in FIELDS.items() if kind == "str"]
-SWITCHES = [name for name, kind in FIELDS.items() if kind == "bool"]
-COUNTS = [name for name, kind in FIELDS.items() if kind.startswith("int")]
-NUMBERS = [name for name in FIELDS if name not in TEXTS + SWITCHES]
-OPTIONAL = [name for name, kind in FIELDS.items() if "None" in kind]
-MAY_BE_ZERO = ["random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda"]
-FACTORS = ["discount_factor", "decay", "gae_lambda"]
-
-WRONG = (
-    [(name, value) for name in NUMBERS for value in (-1, math.nan, math.inf, "many", "", "nan", True, [3])]
-    + [(name, 0) for name in NUMBERS if name not in MAY_BE_ZERO]
-    + [(name, value) for name in COUNTS for value in (2.5, "2.5", 4.0, 2**31, 10**400)]
-    + [(name, None) for name in NUMBERS if name not in OPTIONAL]
-    + [(name, value) for name in FACTORS for value in (1.01, "2")]
-    + [(name, value) for name in SWITCHES for value in (1, 0, None, "yes", "", "1", 0.0, "none")]
-    + [(name, value) for name in TEXTS for value in (3, None)]
-    + [("log_dir", f"log{character}") for character in "*?[]"]
-    + [("compute_dtype", kind) for kind in ("float16", "int8", "")]
-)
-
-
-def parse(*flags):
-    """Return the Config of a command line."""
-    parser = a3c.config_parser("test")
-    return a3c.config_from(parser, parser.parse_args([*flags]))
+DEFAULTS = dataclasses.asdict(Config())
+SWITCHES = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
 def test_defaults_are_the_originals():
-    config = Config()
-    config.stall_timeout = config.device = None  # not in the original
-    assert dataclasses.asdict(config) == {
+    ours = {"device", "compute_dtype", "max_iteration", "save_minutes", "stall_timeout"}
+    assert {name: value for name, value in DEFAULTS.items() if name not in ours} == {
         "game": "Breakout-v0",
         "log_dir": "",
-        "device": None,
         "random_seed": 113,
         "num_threads": 4,
         "agents_per_thread": 64,
         "unroll_step": 5,
-        "max_iteration": 1_000_000,
-        "max_agent_steps": None,
+        "max_agent_steps": 1_000_000 * 64 * 5,
         "frameskip": None,
         "random_frameskip": False,
         "max_pool": False,
@@ -62,7 +36,7 @@ def test_defaults_are_the_originals():
         "life_loss_ends_return": False,
         "reward_clip": 1.0,
         "learning_rate": 2.5e-4,
-        "annealing": None,
+        "annealing_steps": None,
         "anneal_entropy": False,
         "decay": 0.99,
         "rmsprop_epsilon": 1e-10,
@@ -72,149 +46,136 @@ def test_defaults_are_the_originals():
         "value_weight": 1.0,
         "subtract_background": False,
         "filters": 32,
-        "compute_dtype": "auto",
-        "save_period": 20_000,
-        "save_minutes": 10.0,
+        "save_steps": 20_000 * 64 * 5,
         "summary_period": 100,
-        "stall_timeout": None,
     }
 
 
+# Values.
+
+
 @pytest.mark.row(n=16)
-@pytest.mark.parametrize("name, value", WRONG)
-def test_wrong_value_raises_naming_field_and_value(name, value):
-    with pytest.raises(ValueError) as error:
-        Config(**{name: value})
-    assert re.match(rf"{name} = '?{re.escape(str(value))}(\.0)?'?: must be ", str(error.value))
+@pytest.mark.parametrize(
+    "name, values, wanted",
+    [
+        ("num_threads", [0, -1, 2.0, math.nan, "2", True, None, 10**400], "a whole number from 1 to 2,146,435,072"),
+        ("noop_max", [-1, 0.5], "a whole number from 0 to 2,146,435,072"),
+        ("frameskip", [0, "none"], "a whole number from 1 to 2,146,435,072, or None"),
+        ("learning_rate", [0, -1.0, math.nan, math.inf, "1e-3", True, [3]], "a number above 0 to 2,146,435,072"),
+        ("grad_clip", [0.0, math.nan, "none"], "a number above 0 to 2,146,435,072, or None"),
+        ("value_weight", [-0.1, None], "a number from 0 to 2,146,435,072"),
+        ("gae_lambda", [-0.1, 1.01], "a number from 0 to 1"),
+        ("discount_factor", [0.0, 1.01], "a number above 0 to 1"),
+        ("max_pool", [0, 1, None, "True"], "True or False"),
+        ("compute_dtype", ["float16", "", None], "one of auto, float32, bfloat16"),
+        ("game", [3, None], "a text"),
+        ("log_dir", ["log*", "log?", "log[", "log]"], "a path in UTF-8 without"),
+    ],
+)
+def test_wrong_value_raises_naming_field_and_value_and_what_it_must_be(name, values, wanted):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{name} = {value!r}: must be {wanted}")):
+            Config(**{name: value})
 
 
-@pytest.mark.parametrize("name", MAY_BE_ZERO)
-def test_zero_is_taken_where_it_has_a_meaning(name):
-    assert getattr(Config(**{name: 0}), name) == 0
+@pytest.mark.row(n=34)
+@pytest.mark.parametrize(
+    "name, value, taken",
+    [
+        ("num_threads", np.int64(2), 2),
+        ("learning_rate", np.float32(0.5), 0.5),
+        ("learning_rate", 1, 1.0),
+        ("log_dir", pathlib.Path("x"), "x"),
+        ("max_pool", np.bool_(True), True),
+        *((name, 0, 0) for name in ("random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda")),
+        *((name, 1, 1.0) for name in ("discount_factor", "decay", "gae_lambda")),
+        *((name, None, None) for name in ("frameskip", "reward_clip", "annealing_steps", "grad_clip", "global_clip")),
+    ],
+)
+def test_value_is_taken_as_the_type_of_its_field(name, value, taken):
+    found = getattr(Config(**{name: value}), name)
+    assert found == taken
+    assert type(found) is (float if isinstance(DEFAULTS[name], float) and value is not None else type(taken))
 
 
-def test_learning_rate_falls_to_a_tenth_in_a_line_over_half_of_the_iterations():
-    config = Config(learning_rate=2e-3, max_iteration=1000)
-    rates = [config.learning_rate_at(i) for i in (0, 250, 500, 750, 1000)]
+def test_folder_is_named_after_the_game_unless_it_is_given():
+    config = Config(game="ALE/Pong-v5")
+    assert config.folder == os.path.join("log", "ALE/Pong-v5")
+    config.game = "Pong-v0"
+    assert config.folder == os.path.join("log", "Pong-v0")
+    assert Config(log_dir="here").folder == "here"
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("length", [{"max_agent_steps": 1000}, {"max_agent_steps": 7, "annealing_steps": 500}])
+def test_learning_rate_falls_to_a_tenth_in_a_line_over_the_steps_asked_for_or_half_the_run(length):
+    config = Config(learning_rate=2e-3, **length)
+    rates = [config.learning_rate_at(steps) for steps in (0, 250, 500, 501, 10**9)]
     np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
 
 
-def test_learning_rate_falls_over_the_updates_asked_for_whatever_max_iteration_is():
-    for max_iteration in (1, 100, 10**6):
-        config = Config(learning_rate=2e-3, max_iteration=max_iteration, annealing=100)
-        rates = [config.learning_rate_at(i) for i in (0, 50, 100, 101, 10**6)]
-        np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
-
-
-def test_learning_rate_is_defined_for_a_single_iteration():
-    assert Config(learning_rate=2e-3, max_iteration=1).learning_rate_at(0) == 2e-3
-
-
-def test_weight_of_the_entropy_falls_with_the_learning_rate_where_asked():
-    for anneal, expected in ((False, [0.02] * 4), (True, [0.02, 0.011, 0.002, 0.002])):
-        config = Config(entropy_beta=0.02, annealing=100, anneal_entropy=anneal)
-        np.testing.assert_allclose([config.entropy_beta_at(i) for i in (0, 50, 100, 10**6)], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", FACTORS)
-def test_one_is_the_most_for_a_factor(name):
-    assert getattr(Config(**{name: 1}), name) == 1
-
-
-@pytest.mark.parametrize("name", OPTIONAL)
-def test_clips_and_the_frameskip_can_be_none_and_nothing_else(name):
-    assert OPTIONAL == ["max_agent_steps", "frameskip", "reward_clip", "annealing", "grad_clip", "global_clip"]
-    assert getattr(Config(**{name: None}), name) is None
-    assert getattr(parse(f"--{name}", "none"), name) is None
-    assert getattr(parse(f"--{name}=None"), name) is None
-
-
-def test_texts_are_read_as_from_the_command_line():
-    config = Config(num_threads="2", learning_rate="1e-3", grad_clip="0.5")
-    assert (config.num_threads, config.learning_rate, config.grad_clip) == (2, 1e-3, 0.5)
-
-
-@pytest.mark.parametrize("name", SWITCHES)
-@pytest.mark.parametrize("value, meant", [(True, True), (False, False), ("true", True), ("False", False)])
-def test_switches_are_true_or_false(name, value, meant):
-    assert getattr(Config(**{name: value}), name) is meant
-    assert getattr(parse(f"--{name}={value}"), name) is meant
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_have_the_type_of_their_field(name):
-    wanted = int if name in COUNTS else float
-    assert type(getattr(Config(**{name: 1}), name)) is wanted
-    assert type(getattr(parse(f"--{name}", "1"), name)) is wanted
-
-
-def test_log_dir_is_named_after_the_game_unless_it_is_given():
-    assert Config(game="ALE/Pong-v5").folder == os.path.join("log", "ALE/Pong-v5")
-    assert Config(game="ALE/Pong-v5", log_dir="here").folder == "here"
-    config = Config()
-    config.game = "Pong-v0"
-    assert config.folder == os.path.join("log", "Pong-v0")
+@pytest.mark.parametrize("anneal, expected", [(False, [0.02] * 4), (True, [0.02, 0.011, 0.002, 0.002])])
+def test_weight_of_the_entropy_falls_with_the_learning_rate_where_asked(anneal, expected):
+    config = Config(entropy_beta=0.02, annealing_steps=100, anneal_entropy=anneal)
+    np.testing.assert_allclose([config.entropy_beta_at(steps) for steps in (0, 50, 100, 10**6)], expected, rtol=1e-6)
 
 
 # Flags.
 
 
-def test_command_line_without_flags_gives_the_defaults():
-    assert parse() == Config()
-
-
-def test_every_field_is_a_flag():
-    values = {name: "0.5" if name not in COUNTS else "7" for name in NUMBERS}
-    values |= dict.fromkeys(SWITCHES, "true")
+def test_every_field_is_a_flag_and_none_gives_the_defaults():
+    assert a3c.parse_config([]) == Config()
+    values = {name: 7 if isinstance(value, int) or value is None else 0.5 for name, value in DEFAULTS.items()}
+    values |= dict.fromkeys(SWITCHES, True)
     values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu", "compute_dtype": "bfloat16"}
-    assert values.keys() == FIELDS.keys()
-    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
-    assert parse(*flags) == Config(**values)
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    assert a3c.parse_config(flags) == Config(**values)
 
 
 @pytest.mark.row(n=16)
 @pytest.mark.parametrize(
-    "name, value", [(name, value) for name in NUMBERS for value in ("-1", "nan", "inf", "many", "", "true")]
+    "flags, said",
+    [
+        (["--num_threads=0"], "num_threads = 0: must be a whole number from 1"),
+        (["--learning_rate=-1"], "learning_rate = -1.0: must be a number above 0"),
+        (["--learning_rate=nan"], "learning_rate = nan: must be a number above 0"),
+        (["--discount_factor", "2"], "discount_factor = 2.0: must be a number above 0 to 1"),
+        (["--num_threads=2.5"], "--num_threads"),
+        (["--grad_clip", "none"], "--grad_clip"),
+        (["--max_pool=yes"], "--max_pool"),
+        (["--compute_dtype=float16"], "--compute_dtype"),
+        (["--num_threads"], "--num_threads"),
+        (["--num_worker", "3"], "Perhaps you meant: --num_threads"),
+        (["--num_thread=3"], "Perhaps you meant: --num_threads"),
+        (["stray"], "stray"),
+        (["--preset=slow"], "invalid choice: 'slow' (choose from"),
+    ],
 )
-def test_wrong_flag_exits_with_2_naming_field_and_value(name, value, capsys):
+def test_wrong_flag_exits_with_2_naming_it(flags, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse(f"--{name}={value}")
+        a3c.parse_config(flags)
     assert stopped.value.code == 2
-    assert re.search(rf"error: {name} = '?{value}(\.0)?'?: must be ", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--num_worker", "3"], ["--num_thread", "3"], ["--lr=1"], ["3"], ["--num_threads"], ["--preset=slow"]]
-)
-def test_unknown_shortened_and_empty_flags_exit_with_2(flags, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(*flags)
-    assert stopped.value.code == 2
-    assert flags[0].partition("=")[0] in capsys.readouterr().err
+    assert said in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("preset", a3c.PRESETS)
-def test_preset_gives_its_defaults_and_flags_go_before_it(preset):
+def test_flags_go_before_the_settings_of_a_run_and_those_before_a_preset(preset):
     changed = a3c.PRESETS[preset]
-    assert parse("--preset", preset) == Config(**changed)
-    assert parse("--preset", preset, "--agents_per_thread=3") == Config(**{**changed, "agents_per_thread": 3})
+    assert all(DEFAULTS[name] != value for name, value in changed.items())
+    assert a3c.parse_config(["--preset", preset]) == Config(**changed)
+    config = a3c.parse_config([f"--preset={preset}", "--filters=3"], filters=4, agents_per_thread=5)
+    assert config == Config(**{**changed, "filters": 3, "agents_per_thread": 5})
 
 
-def test_presets_are_the_original_which_changes_nothing_and_fast_which_does():
-    assert list(a3c.PRESETS) == ["original", "fast"]
-    assert a3c.PRESETS["original"] == {}
-    defaults = dataclasses.asdict(Config())
-    assert all(defaults[name] != value for name, value in a3c.PRESETS["fast"].items())
-
-
-def test_every_flag_has_a_help_text_with_its_default(capsys):
+def test_help_shows_each_flag_with_its_comment_and_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse("--help")
+        a3c.parse_config(["--help", "--preset=fast"])
     assert stopped.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Config):
-        after = shown.partition(f"--{field.name} X ")[2]
-        text, found, _ = after.partition(f" (default: {field.default})")
-        assert found
-        assert len(text) > 5
-        assert "--" not in text
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert "--preset {original,fast}" in shown
+    for name in DEFAULTS:
+        text = shown.partition(f" --{name} ")[2].partition(" (default: ")[0]
+        assert len(text.split()) > 4, name
+    assert "games in a group (default: 32)" in shown

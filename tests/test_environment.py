@@ -43,9 +43,8 @@ def native():
 def test_game_has_the_settings_of_its_registration(
     game_id, rom, frameskip, frameskip_range, sticky, num_actions, background
 ):
-    expected = (game_id, rom, frameskip, frameskip_range, False, sticky, 108_000)
-    expected += (False, 0, False, num_actions, background)
-    assert tuple(find_game(game_id)) == expected
+    expected = (game_id, rom, num_actions, background, sticky, 108_000, frameskip, frameskip_range, False)
+    assert tuple(find_game(game_id)) == (*expected, False, 0, False)
     assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
     assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
 
@@ -90,14 +89,11 @@ def area_resize(screen):
 
 
 def test_preprocess_averages_equal_areas():
-    screen = np.random.default_rng(0).integers(0, 256, [210, 160], np.uint8)
-    frame = environment.preprocess(screen)
-    assert frame.dtype == np.uint8
-    assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
-
-
-def test_preprocess_keeps_white_white():
-    np.testing.assert_array_equal(environment.preprocess(np.full([210, 160], 255, np.uint8)), np.full([84, 84], 255))
+    for least in (0, 255):  # noise; white, which must not overflow
+        screen = np.random.default_rng(0).integers(least, 256, [210, 160], np.uint8)
+        frame = environment.preprocess(screen)
+        assert frame.dtype == np.uint8
+        assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
 
 
 def watched(game, monkeypatch, noops=0):
@@ -185,39 +181,23 @@ def test_fire_is_not_pressed_in_a_game_without_it(native):
         assert env.reset(seed=1)[1]["episode_frame_number"] == 0
 
 
-@pytest.mark.row(n=37)
-def test_random_frameskip_and_the_maximum_of_two_frames_are_watched_together():
-    game = find_game("Breakout-v0", max_pool=True)
-    with contextlib.closing(environment.make_watching_env(game)) as env:
-        env.reset(seed=1)
+@pytest.mark.parametrize(
+    "changes, skips",
+    [
+        ({}, {2, 3, 4}),
+        ({"frameskip": 3}, {3}),
+        pytest.param({"max_pool": True}, {2, 3, 4}, marks=pytest.mark.row(n=37)),
+    ],
+)
+def test_watching_environment_has_the_registered_random_frameskip_or_the_one_asked_for(changes, skips):
+    with contextlib.closing(environment.make_watching_env(find_game("Breakout-v0", **changes))) as env:
+        screen, _ = env.reset(seed=1)
         frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
-    assert set(np.diff(frames)) == {2, 3, 4}
-
-
-def test_watching_environment_has_the_registered_random_frameskip():
-    env = environment.make_watching_env(find_game("Breakout-v0"))
-    screen, _ = env.reset(seed=1)
-    frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
-    env.close()
-    assert screen.shape == (210, 160)
-    assert screen.dtype == np.uint8
-    assert set(np.diff(frames)) == {2, 3, 4}
-
-
-def test_watching_environment_takes_another_frameskip():
-    with contextlib.closing(environment.make_watching_env(find_game("Breakout-v0", frameskip=3))) as env:
-        env.reset(seed=1)
-        frames = [0, *(env.step(0)[4]["episode_frame_number"] for _ in range(30))]
-    assert set(np.diff(frames)) == {3}
+    assert (screen.shape, screen.dtype) == ((210, 160), np.uint8)
+    assert set(np.diff(frames)) == skips
 
 
 # The training environment.
-
-
-def test_training_frames_are_one_uint8_image_of_84_by_84_each(native):
-    frame, _ = native("Breakout-v0", num_envs=2).reset(seed=1)
-    assert frame.shape == (2, 1, 84, 84)
-    assert frame.dtype == np.uint8
 
 
 def test_random_frameskip_takes_two_to_four_frames_for_all_games_alike_and_repeats_with_its_seed(native):
@@ -252,22 +232,16 @@ def test_training_rewards_are_raw_scores(native):
     assert max(rewards) >= 5  # the lowest row of invaders pays 5, the next 10
 
 
-def test_game_is_cut_off_after_max_frames_of_the_emulator(native):
-    envs = native("Breakout-v0", frameskip=3, max_frames=30)
-    envs.reset(seed=1)
-    ends = [bool(envs.step(np.array([0]))[3][0]) for _ in range(20)]
-    assert [step for step, truncated in enumerate(ends, 1) if truncated] == [10, 20]
-
-
-def test_game_that_ends_restarts_in_the_same_step(native):
+def test_game_that_is_cut_off_after_max_frames_restarts_in_the_same_step(native):
     envs = native("Breakout-v0", frameskip=3, max_frames=30, repeat_action_probability=0.0)
     first, _ = envs.reset(seed=1)
-    for _ in range(10):
+    assert (first.shape, first.dtype) == ((1, 1, 84, 84), np.uint8)
+    for step in range(1, 21):
         frame, _, _, truncated, info = envs.step(np.array([0]))
-    assert truncated[0]
-    assert info["episode_frame_number"][0] == 0
-    np.testing.assert_array_equal(frame, first)
-    assert envs.step(np.array([0]))[4]["episode_frame_number"][0] == 3
+        assert truncated[0] == (step % 10 == 0)
+        assert info["episode_frame_number"][0] == 3 * step % 30
+        if truncated[0]:
+            np.testing.assert_array_equal(frame, first)
 
 
 def test_group_of_games_is_seeded_game_by_game(native):
