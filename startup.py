@@ -161,8 +161,7 @@ def available_cores() -> int:
 def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device; set TensorFlow up for it and for the groups.
 
-    TensorFlow sees no other GPU then. Where it is at work already, it stays as it is. Raises UserError for a device
-    that is not there.
+    TensorFlow sees no other GPU then. Already at work, it stays as it is. Raises UserError: there is no such device.
     """
     if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", device.lower()):
         raise UserError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
@@ -194,10 +193,9 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
     """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
     if compute_dtype != "auto":
         return compute_dtype
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-        if "CPU" in device and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpuinfo.read()):
-            return "bfloat16"
-    return "float32"
+    cpu = Path("/proc/cpuinfo")
+    fast = "CPU" in device and cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
+    return "bfloat16" if fast else "float32"
 
 
 class BackgroundStream:
@@ -235,7 +233,7 @@ def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
     """Let nothing from outside end or hold up the block: neither output that breaks or is not read, nor a signal.
 
     `handle` is called with the number of each signal that asks to end, unless that was ignored before, as by `nohup`.
-    Stdout, stderr and the handlers of signals are given back. Outside the main thread Python handles no signals.
+    Stdout, stderr and the handlers are given back. Outside the main thread Python handles no signals.
     """
     one_place, before = False, {}
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
