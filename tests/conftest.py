@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a3c
 import checkpoint
@@ -213,3 +214,17 @@ def use_games(monkeypatch, *envs):
     """Let the groups play `envs`."""
     waiting = list(envs)
     monkeypatch.setattr(groups, "make_training_envs", lambda *_: waiting.pop(0))
+
+
+# What a run reports.
+
+
+def has_rows(folder, number=2):
+    """Return whether `progress.csv` has so many rows."""
+    return (Path(folder) / "progress.csv").exists() and len(rows(folder)) >= number
+
+
+def tensorboard(folder):
+    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step, value and wall_time."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
