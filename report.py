@@ -33,8 +33,8 @@ COLUMNS = {
     "steps_per_second": "steps_per_second",
 }
 LINE = (
-    "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} max {maximum_score:.0f}  "
-    "policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  gradient {gradient_norm:.2f}  "
+    "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
+    "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  gradient {gradient_norm:.2f}  "
     "{steps_per_second:,.0f} steps/s"
 )
 
@@ -124,7 +124,7 @@ def _read_rows(path: Path, iteration: int) -> list[dict[str, float]]:
         with open(path, newline="") as file:
             whole = [row for row in csv.DictReader(file) if row["steps_per_second"]]
         return [{k: float(row[k]) for k in COLUMNS} for row in whole if int(row["iteration"]) <= iteration]
-    except (KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
 
 

@@ -144,18 +144,19 @@ def parse_flags(default, flags: Sequence[str], about: str):
 
 def available_cores() -> int:
     """Return how many cores this process may use, by its CPU mask and the quotas of Linux' control groups around it."""
-    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)  # of version 1 or 2
-        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
-        if not controllers or "cpu" in controllers.split(","):
+        version_1 = "cpu" in controllers.split(",")
+        if version_1 or not controllers:
+            folder = Path("/sys/fs/cgroup", "cpu" if version_1 else "", group.strip("/"))
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
             for place in (folder, *folder.parents):  # inside a container the folder itself may not be there
                 with contextlib.suppress(OSError, ValueError):  # no file, or "max"
                     quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
-                    cores.append(math.ceil(quota / period) if quota > 0 else cores[0])  # without a limit it is -1
-    return min(cores)
+                    cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores  # -1 is no limit
+    return cores
 
 
 def choose_device(device: str, num_groups: int = 1) -> str:
