@@ -34,8 +34,8 @@ COLUMNS = {
 }
 LINE = (
     "iteration {iteration:,}  steps {agent_steps:,}  games {episodes:,}  score {average_score:.1f} "
-    "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  gradient {gradient_norm:.2f}  "
-    "{steps_per_second:,.0f} steps/s"
+    "max {maximum_score:.0f}  policy {policy_loss:.4f}  value {value_loss:.4f}  entropy {entropy:.3f}  "
+    "gradient {gradient_norm:.2f}  {steps_per_second:,.0f} steps/s"
 )
 
 
