@@ -21,15 +21,17 @@ import pytest
 from conftest import (
     ENDLESS,
     ROOT,
-    Run,
+    Resumable,
     Running,
     ScriptedEnv,
     command,
+    ended,
     has_rows,
     iterations,
     last_iteration,
     newest,
     own_mounts,
+    resumed,
     rows,
     run,
     tensorboard,
@@ -124,7 +126,7 @@ def test_help_and_errors_do_not_hang_on_a_reader_that_sleeps(tmp_path):
     place, breaks = open_output("pipe that is not read")
     breaks()
     words = command(tmp_path, "--game=Brekout-v0")
-    assert subprocess.run(words, cwd=ROOT, stdout=place, stderr=place, timeout=60, check=False).returncode == 1
+    assert ended(words, capture_output=False, stdout=place, stderr=place)[0] == 1
 
 
 @pytest.mark.row(n=25)
@@ -280,7 +282,7 @@ def test_run_is_saved_by_the_clock_too_and_last_is_always_the_newest(tmp_path):
             running.wait_for(lambda: checkpoint.numbered(str(folder)) and newest(folder) > before)  # noqa: B023
         running.process.kill()
         running.process.wait()
-    assert Run(folder).resume() == f"{folder}/model.ckpt-{newest(folder)}"
+    assert resumed(folder).iteration == newest(folder)
     assert last_iteration(folder) >= before  # the kill may have come before the newest was copied
 
 
@@ -290,10 +292,8 @@ def test_kill_between_any_two_steps_of_a_save_leaves_a_complete_one(tmp_path, mo
     """Before each step that changes a file the folder is copied: this is what a kill would leave of it."""
     folder, left = tmp_path / "run", []
     folder.mkdir()
-    run = Run(folder)
-    run.update(10)
-    run.saver.save()
-    run.update(20)
+    run = Resumable(folder)
+    run.save(10)
 
     def after_a_copy(change):
         def step(*arguments):
@@ -306,15 +306,14 @@ def test_kill_between_any_two_steps_of_a_save_leaves_a_complete_one(tmp_path, mo
     with monkeypatch.context() as patch:
         for module, name in ((os, "replace"), (os, "remove"), (shutil, "copyfile")):
             patch.setattr(module, name, after_a_copy(getattr(module, name)))
-        run.saver.save()
+        run.save(20)
     assert len(left) > 8
     for folder in left:
         for path in checkpoint.all_checkpoints(str(folder)):
             checkpoint.read(path)  # raises where it is damaged
-        state = Run(folder)
+        state = Resumable(folder)
         assert state.resume() in [f"{folder}/{name}" for name in ("model.ckpt-10", "model.ckpt-20")]
-        state.update(30)
-        state.saver.save()
+        state.save(30)
         assert last_iteration(folder) == newest(folder) == 30
 
 
@@ -371,11 +370,10 @@ print(statuses, left, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
 
 @pytest.mark.row(n=34)
 def test_training_where_tensorflow_is_already_at_work_in_a_thread_twice_with_numbers_of_numpy(tmp_path):
-    words = [sys.executable, "-c", NOTEBOOK, tmp_path]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("TensorFlow was already at work in this process") == 2
-    assert done.stdout.splitlines()[-1] == "[0, 0] [] True"
+    status, output, errors = ended([sys.executable, "-c", NOTEBOOK, tmp_path])
+    assert status == 0, errors
+    assert output.count("TensorFlow was already at work in this process") == 2
+    assert output.splitlines()[-1] == "[0, 0] [] True"
     assert last_iteration(tmp_path) == 40
 
 
@@ -389,17 +387,16 @@ mount -t tmpfs tmpfs "$0" && mount -o remount,bind,ro / && mount -t tmpfs -o ro 
 @pytest.mark.row(n=35)
 def test_read_only_root_without_a_temporary_folder_names_the_way_out_which_is_one(tmp_path):
     words = [*own_mounts(), "sh", "-c", READ_ONLY_ROOT, str(tmp_path), *command(tmp_path / "run", "--max_iteration=4")]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, "check": False}
     nowhere = {**os.environ, "HOME": "/nowhere"}
     nowhere.pop("TMPDIR", None)
-    refused = subprocess.run(words, env=nowhere, **options)
-    if "permission denied" in refused.stderr:
+    status, _, errors = ended(words, env=nowhere)
+    if "permission denied" in errors:
         pytest.skip("this system does not let a user make the root read-only")
-    assert refused.returncode == 1
-    assert refused.stderr == "TensorFlow needs a folder for temporary files: set TMPDIR to one that can be written\n"
-    done = subprocess.run(words, env={**nowhere, "TMPDIR": str(tmp_path)}, **options)
-    assert done.returncode == 0, done.stderr
-    assert f"saved {tmp_path}/run/last.ckpt" in done.stdout
+    assert status == 1
+    assert errors == "TensorFlow needs a folder for temporary files: set TMPDIR to one that can be written\n"
+    status, output, errors = ended(words, env={**nowhere, "TMPDIR": str(tmp_path)})
+    assert status == 0, errors
+    assert f"saved {tmp_path}/run/last.ckpt" in output
 
 
 # The program on a file system without locks, as some network file systems are.
