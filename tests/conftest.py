@@ -17,6 +17,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a3c
 import checkpoint
@@ -297,3 +298,17 @@ def own_mounts():
         if subprocess.run(trial, capture_output=True, check=False).returncode == 0:
             return words
     pytest.skip("this system does not let a user mount a disk of their own")
+
+
+# What a run reports.
+
+
+def has_rows(folder, number=2):
+    """Return whether `progress.csv` has so many rows."""
+    return (Path(folder) / "progress.csv").exists() and len(rows(folder)) >= number
+
+
+def tensorboard(folder):
+    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step, value and wall_time."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
