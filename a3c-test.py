@@ -29,7 +29,7 @@ VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
 
 @dataclasses.dataclass
 class Flags:
-    """The flags of the command line. A number out of its bounds raises UserError, which names it."""
+    """The flags of the command line. A number out of its bounds is refused by name."""
 
     model: str = "./models/breakout-v0/last.ckpt"  # a checkpoint, or the folder of a run: its newest one
     out: str = "/tmp/result"  # folder for results.json and play.mp4

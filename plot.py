@@ -12,6 +12,8 @@ import math
 import os
 import sys
 
+os.environ["MPLBACKEND"] = "Agg"  # Jupyter sets one that may not be there
+
 import numpy as np
 from matplotlib.figure import Figure
 

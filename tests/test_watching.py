@@ -165,10 +165,6 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
         pytest.param("--out={0}/file", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("--out={0}/file/below", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("", "--film 0", marks=pytest.mark.row(n=22)),  # the encoder is missing
-        ("--iter=0", "iter = 0: must be"),
-        ("--epsilon=nan", "epsilon = nan: must be"),
-        ("--seed=-1", "seed = -1: must be"),
-        ("--frameskip=0", "frameskip = 0: must be"),
     ],
 )
 def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monkeypatch, capsys, flags, said):
@@ -183,9 +179,12 @@ def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monke
     assert said.format(tmp_path) in line
 
 
-@pytest.mark.parametrize("flag", ["--iter=1.5", "--policy=best", "--ite=3"])
+WRONG = ["--iter=0", "--iter=1.5", "--epsilon=nan", "--seed=-1", "--frameskip=0", "--policy=best", "--ite=3"]
+
+
+@pytest.mark.parametrize("flag", WRONG)
 def test_wrong_flag_exits_with_2_and_is_named(main, capsys, flag):
     with pytest.raises(SystemExit) as stopped:
         main(flag)
     assert stopped.value.code == 2
-    assert flag.partition("=")[0] in capsys.readouterr().err
+    assert flag.strip("-").partition("=")[0] in capsys.readouterr().err
