@@ -35,7 +35,7 @@ def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_
     text = f"tiny one: {TINY}  # a comment\n\nwrong: --gae_lambda=2\n"
     _, rows = search(tmp_path, text, "--steps=205", "--seeds", 1, 2)
     found = {(row["name"], row["seed"]): (row["flags"], row["agent_steps"], row["ended"]) for row in rows}
-    tiny, wrong = (TINY, "205", "done"), ("--gae_lambda=2", "", "failed with exit status 1")
+    tiny, wrong = (TINY, "205", "done"), ("--gae_lambda=2", "", "failed with exit status 2")
     assert found == {("tiny one", "1"): tiny, ("tiny one", "2"): tiny, ("wrong", "1"): wrong, ("wrong", "2"): wrong}
     for seed in (1, 2):
         run = tmp_path / "runs" / f"tiny-one-{seed}"
