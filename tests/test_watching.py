@@ -73,11 +73,7 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
 @pytest.fixture
 def main(monkeypatch, tmp_path):
     def call(*flags):
-        own = [
-            f"--model={SHIPPED}",
-            f"--out={tmp_path}/out",
-            "--device=cpu",
-        ]
+        own = [f"--model={SHIPPED}", f"--out={tmp_path}/out", "--device=cpu"]
         monkeypatch.setattr(sys, "argv", ["a3c-test.py", *own, *flags])
         return watching.main()
 
