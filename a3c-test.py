@@ -30,6 +30,7 @@ from environment import (
     push_frame,
 )
 from film import Moment, open_film
+from original import OriginalFrames
 from startup import UserError, refusing, tf
 
 
@@ -54,14 +55,14 @@ class Flags:
         startup.check_settings(self)
 
 
-def open_window(game: Game) -> gymnasium.Env:
+def open_window(game: Game, obs_type: str) -> gymnasium.Env:
     """Build the game with a window. Raises UserError if no display can show one."""
     if sys.platform == "linux":
         os.environ.setdefault("SDL_VIDEODRIVER", "x11,wayland")  # else SDL draws nowhere if there is no display
     try:
         if sys.platform == "linux" and not (os.getenv("DISPLAY") or os.getenv("WAYLAND_DISPLAY")):
             raise RuntimeError("DISPLAY is not set")
-        return make_watching_env(game, "human")
+        return make_watching_env(game, "human", obs_type)
     except RuntimeError as error:
         raise UserError(f"--render: no display answers: {error}. Leave it out and look at play.mp4 instead") from error
 
@@ -129,7 +130,13 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": flags.frameskip}
         about |= {**as_trained, "versions": startup.versions()}
 
-        env = stack.enter_context(contextlib.closing(open_window(game) if flags.render else make_watching_env(game)))
+        of_original = checkpoint.is_original(model)
+        open_game = open_window if flags.render else make_watching_env
+        env = stack.enter_context(contextlib.closing(open_game(game, obs_type="rgb" if of_original else "grayscale")))
+        if of_original:
+            env = OriginalFrames(env)
+            about["preprocessing"] = "luminance and bilinear resize, as in the original"
+            print(f"This is a checkpoint of the original. Its frames are made by {about['preprocessing']}")
         results_path, film_path = os.path.join(out, "results.json"), os.path.join(out, "play.mp4")
         with refusing(f"cannot write {results_path!r}"):
             os.makedirs(out, exist_ok=True)

@@ -40,6 +40,7 @@ class Config:
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
     log_dir: str = ""  # folder of the run, `~` is yours; empty means log/<game>
+    initial_model: str = ""  # checkpoint, or folder of a run, whose weights a new run begins with; empty means random
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
 
@@ -70,7 +71,6 @@ class Config:
 
     subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
     filters: Count = 32  # of the first convolution; the second has twice as many
-
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the threads' copies; auto is what is faster
 
     save_steps: Count = 6_400_000  # agent steps between checkpoints; the newest three are kept
@@ -174,12 +174,15 @@ def _train(config: Config, signals: list[int]) -> int:
         shared = make_network(config, game, device)
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)
-        where = f"{device.strip('/')} in {shared.copies_dtype}"
-        print(f"{game.describe()}. Training on {where}, into {config.log_dir}", flush=True)
+        print(f"{game.describe()}. Training on {device.strip('/')} in {shared.copies_dtype}, into {config.log_dir}")
         resumed = saver.resume(warn=print)
-        _note_config(config, progress, resuming=resumed is not None)
         if resumed:
-            print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games", flush=True)
+            ignored = ". initial_model is for new runs only" * bool(config.initial_model)
+            print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games{ignored}")
+        elif config.initial_model:
+            initial = checkpoint.resolve(config.initial_model)
+            print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
+        _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
             limits = f"max_agent_steps = {config.max_agent_steps:,}, max_iteration = {config.max_iteration}"
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import original
 from async_agent import Progress
 from network import ActorCritic, SharedNetwork
 from startup import UserError, reason, refusing, tf
@@ -124,15 +125,35 @@ def _remove(path: str) -> None:
             os.remove(path + suffix)
 
 
-def read(path: str) -> tuple[dict[str, np.ndarray], int]:
-    """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign."""
+def _read_tensors(path: str) -> dict[str, np.ndarray]:
     try:
         reader = tf.train.load_checkpoint(path)
         keys = reader.get_variable_to_shape_map()  # such as weights/conv1/.ATTRIBUTES/VARIABLE_VALUE
-        tensors = {key.split("/.")[0]: reader.get_tensor(key) for key in keys}
-        return tensors, int(json.loads(tensors["progress"])["iteration"])
-    except (tf.errors.OpError, LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        return {key.split("/.")[0]: reader.get_tensor(key) for key in keys}
+    except (tf.errors.OpError, LookupError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], int]:
+    """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign."""
+    tensors = _read_tensors(path)
+    try:
+        return tensors, int(json.loads(tensors["progress"])["iteration"])
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
+
+
+def is_original(path: str) -> bool:
+    """Return whether the original made this checkpoint. Raises UserError if it is damaged."""
+    return bool(original.translate(_read_tensors(path)))
+
+
+def read_weights(path: str) -> tuple[dict[str, np.ndarray], int]:
+    """As `read`, but of a checkpoint of the original too, whose weights get the names they have here."""
+    if weights := original.translate(_read_tensors(path)):
+        number = path.rpartition("-")[2]  # nothing else tells the updates
+        return weights, int(number) if number.isdecimal() else 0
+    return read(path)
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
@@ -151,12 +172,21 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
-    tensors, iteration = read(path)
+    tensors, _ = read_weights(path)
     filters = tensors.get("weights/conv1", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
     network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get("biases/input", 0)))
+    return network, load_weights(path, network)
+
+
+def load_weights(path: str, network: ActorCritic) -> int:
+    """Give a network a checkpoint's weights; return the number of its updates. Raises UserError as `load_network`."""
+    tensors, iteration = read_weights(path)
     check_fits(tensors, network, path)
-    tf.train.Checkpoint(weights=network.weights, biases=network.biases).read(path).expect_partial()
-    return network, iteration
+    for kind, layers in (("weights", network.weights), ("biases", network.biases)):
+        for layer, variable in layers.items():
+            if variable.trainable:
+                variable.assign(tensors[f"{kind}/{layer}"])
+    return iteration
 
 
 def resolve(path: str) -> str:

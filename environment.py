@@ -161,21 +161,22 @@ class RandomFrameSkip(gymnasium.vector.VectorWrapper):
         return frame, rewards, ended, cut, info
 
 
-def make_watching_env(game: Game, render_mode: str | None = None) -> gymnasium.Env:
+def make_watching_env(game: Game, render_mode: str | None = None, obs_type: str = "grayscale") -> gymnasium.Env:
     """Build the registered environment with its own frame-skip, be it random, unless the game was found with another.
 
-    Observations are grey, [210, 160] uint8. How a game begins and what a frame is are as in training.
+    Observations are grey, [210, 160] uint8, or of another `obs_type` of ALE. How a game begins and what a frame is are
+    as in training.
     """
     low, high = game.frameskip_range or (game.frameskip, game.frameskip)
     if game.max_pool or game.noop_max or game.fire_reset:
-        return FrameByFrame(_make(game.id, render_mode=render_mode, frameskip=1), game, low, high)
-    return _make(game.id, render_mode=render_mode, frameskip=low if low == high else (low, high + 1))
+        return FrameByFrame(_make(game.id, obs_type, render_mode=render_mode, frameskip=1), game, low, high)
+    return _make(game.id, obs_type, render_mode=render_mode, frameskip=low if low == high else (low, high + 1))
 
 
-def _make(game_id: str, **changes) -> gymnasium.Env:
+def _make(game_id: str, obs_type: str = "grayscale", **changes) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium advises v5 over the v0 that the original's results are for
-        return gymnasium.make(game_id, obs_type="grayscale", **changes)
+        return gymnasium.make(game_id, obs_type=obs_type, **changes)
 
 
 class FrameByFrame(gymnasium.Wrapper):
