@@ -6,11 +6,16 @@ of every game, and writes `results.json` (anew after each game) and a video, `pl
 
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
+import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import gymnasium
@@ -32,6 +37,8 @@ from environment import (
 from film import Moment, open_film
 from original import OriginalFrames
 from startup import UserError, refusing, tf
+
+ROWS = 16  # games in a call of the network. Always as many, if need be empty ones: the last digits depend on it
 
 
 @dataclasses.dataclass
@@ -77,27 +84,23 @@ def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.rando
     return int(rng.integers(len(logits))) if rng.random() < epsilon else int(logits.argmax())
 
 
-def play_game(
-    env: gymnasium.Env, network: Callable, seed: int, policy: str, epsilon: float, film=None, signals: Sequence = ()
-) -> tuple[float, list[float]]:
-    """Play a game to its end, or until a signal is in `signals`; `film` is called with each `film.Moment`.
+def play_game(env: gymnasium.Env, seed: int, policy: str, epsilon: float, film: Callable | None = None) -> Generator:
+    """Play a game to its end. Yields what it shows and whether that is its beginning; `film` is called with moments.
 
-    Returns the raw score, and what it was at each loss of a life; nothing where the game has no lives.
+    It is sent what the network makes of that: logits [A], value, history [84, 84] uint32. Returns the raw score, and
+    what it was at each loss of a life; nothing where the game has no lives.
     """
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    history, is_first = empty_history(1), np.array([True])
-    score, lives, lives_lost_at, ended = 0.0, info["lives"], [], False
-    while not (ended or signals):
+    score, lives, lives_lost_at, is_first, ended = 0.0, info["lives"], [], True, False
+    while not ended:
         screen = env.unwrapped.ale.getScreenRGB() if film else None
-        history = push_frame(history, preprocess(observation)[None], is_first)
-        is_first = np.array([False])
-        logits, value = (output[0].numpy() for output in network(history))
+        logits, value, history = yield observation, is_first
         action = choose_action(logits, policy, epsilon, rng)
         observation, reward, terminated, truncated, info = env.step(action)
-        ended, life_lost = terminated or truncated, info["lives"] < lives
+        is_first, ended, life_lost = False, terminated or truncated, info["lives"] < lives
         if film:
-            frames = history_to_frames(history)[0].numpy()
+            frames = history_to_frames(history).numpy()
             film(Moment(screen, frames, logits, value, score, lives, action, reward, ended, life_lost))
         score, lives = score + float(reward), info["lives"]
         if life_lost:
@@ -105,8 +108,53 @@ def play_game(
     return score, lives_lost_at
 
 
+def decide(network: Callable, history, observations, is_first):
+    """Return the new history, logits [B, A] and values [B] of B games that show `observations` [B, H, W] uint8."""
+    history = push_frame(history, preprocess(observations), is_first)
+    games = history.shape[0]
+    logits, values = network(tf.pad(history, [[0, ROWS - games], [0, 0], [0, 0]]))
+    return history, logits[:games], values[:games]
+
+
+def play_games(envs: Sequence, network: Callable, flags: Flags, film: Callable | None = None, signals: Sequence = ()):
+    """Play all games, side by side in `envs`, until a signal is in `signals`.
+
+    Yields (score, lives lost at, seed) of each game as it ends. The first environment plays those for the film.
+    """
+    seeds, ended = range(flags.seed, flags.seed + flags.iter), collections.deque()
+    filmed, others = seeds[: flags.film], iter(seeds[flags.film :])
+
+    def play_in_turn(env: gymnasium.Env, seeds: Iterable[int]) -> Generator:
+        for seed in seeds:
+            score, lives_lost_at = yield from play_game(
+                env, seed, flags.policy, flags.epsilon, film if seed in filmed else None
+            )
+            ended.append((score, lives_lost_at, seed))
+
+    first = itertools.chain(filmed, others)
+    games = {index: play_in_turn(env, others if index else first) for index, env in enumerate(envs)}
+    observations = np.zeros([len(envs), *envs[0].observation_space.shape], np.uint8)
+    history, is_first, outputs = empty_history(len(envs)), np.ones(len(envs), bool), [None] * len(envs)
+
+    def advance(index: int) -> None:
+        try:
+            observations[index], is_first[index] = games[index].send(outputs[index])
+        except StopIteration:
+            del games[index]
+
+    with ThreadPoolExecutor(startup.available_cores()) as pool:  # ALE lets go of Python's global lock
+        while games and not signals:
+            list((pool.map if len(envs) > 1 else map)(advance, list(games)))  # a window belongs to the main thread
+            while ended:
+                yield ended.popleft()
+            if games:
+                history, *heads = network(history, observations, is_first)
+                outputs = list(zip(*(head.numpy() for head in heads), history.numpy(), strict=True))
+
+
 def write_results(path: str, about: dict, games: list[tuple]) -> dict:
     """Write the games so far, each (score, lives lost at, seed), whole or not at all; return figures of the scores."""
+    games = sorted(games, key=operator.itemgetter(2))
     columns = {name: [game[i] for game in games] for i, name in enumerate(("scores", "lives_lost_at", "seeds"))}
     names = {"mean": np.mean, "standard_deviation": np.std, "median": np.median, "maximum": np.max, "minimum": np.min}
     summary = {name: round(float(function(columns["scores"])), 2) for name, function in names.items() if games}
@@ -124,7 +172,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     device = startup.choose_device(flags.device)
     with tf.device(device), contextlib.ExitStack() as stack:
         network, iteration = checkpoint.load_network(model, game.num_actions)
-        network = tf.function(network.__call__, autograph=False)
+        network = tf.function(functools.partial(decide, network), autograph=False)
         print(f"{game.id}, {model} after {iteration:,} updates, {flags.policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": flags.frameskip}
@@ -132,9 +180,13 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
 
         of_original = checkpoint.is_original(model)
         open_game = open_window if flags.render else make_watching_env
-        env = stack.enter_context(contextlib.closing(open_game(game, obs_type="rgb" if of_original else "grayscale")))
+        side_by_side = 1 if flags.render else min(ROWS, flags.iter, max(1, flags.iter - flags.film + 1))
+        obs_type = "rgb" if of_original else "grayscale"
+        envs = [
+            stack.enter_context(contextlib.closing(open_game(game, obs_type=obs_type))) for _ in range(side_by_side)
+        ]
         if of_original:
-            env = OriginalFrames(env)
+            envs = [OriginalFrames(env) for env in envs]
             about["preprocessing"] = "luminance and bilinear resize, as in the original"
             print(f"This is a checkpoint of the original. Its frames are made by {about['preprocessing']}")
         results_path, film_path = os.path.join(out, "results.json"), os.path.join(out, "play.mp4")
@@ -144,16 +196,12 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         if flags.film:
             explained = {**dataclasses.asdict(a3c.Config()), **config} if flags.explain else None
-            film = stack.enter_context(open_film(film_path, env, game, explained))
+            film = stack.enter_context(open_film(film_path, envs[0], game, explained))
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
-        for seed in range(flags.seed, flags.seed + flags.iter):
-            filmed = film if len(games) < flags.film else None
-            score, lives_lost_at = play_game(env, network, seed, flags.policy, flags.epsilon, filmed, signals)
-            if signals:
-                break
+        for score, lives_lost_at, seed in play_games(envs, network, flags, film, signals):
             games.append((score, lives_lost_at, seed))
             summary = write_results(results_path, about, games)
-            bar.write(f"game {len(games)}: {score:g}")
+            bar.write(f"game {seed - flags.seed + 1}: {score:g}")
             bar.set_postfix_str(f"mean {summary['mean']:.1f}", refresh=False)
             bar.update()
     print(f"{len(games)} games: " + ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items()))

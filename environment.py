@@ -215,10 +215,10 @@ class FrameByFrame(gymnasium.Wrapper):
         return np.max(screens[-2:], axis=0) if self.game.max_pool else screen, score, ended, cut, info
 
 
-def preprocess(screen: np.ndarray) -> np.ndarray:
-    """Resize a grey screen [H, W] uint8 to the [84, 84] uint8 that the training environments give, by exact area."""
-    resized = tf.image.resize(screen[None, :, :, None], [FRAME_SIZE, FRAME_SIZE], "area")
-    return np.rint(resized[0, :, :, 0]).astype(np.uint8)
+def preprocess(screens: tf.Tensor) -> tf.Tensor:
+    """Resize grey screens [B, H, W] uint8 to [B, 84, 84] uint8 by exact area, as the training environments do."""
+    resized = tf.image.resize(screens[..., None], [FRAME_SIZE, FRAME_SIZE], "area")
+    return tf.cast(tf.round(resized[..., 0]), tf.uint8)
 
 
 # The history of a game is a shift register: four uint8 frames in one uint32, the newest in the highest byte.

@@ -35,6 +35,8 @@ class OriginalFrames(gymnasium.ObservationWrapper):
     It cut its luminance off to whole numbers. SciPy's `imresize`, which is gone, was Pillow's resize.
     """
 
+    observation_space = gymnasium.spaces.Box(0, 255, [FRAME_SIZE, FRAME_SIZE], np.uint8)
+
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """Return the frame of a screen."""
         red, green, blue = np.moveaxis(observation, -1, 0)

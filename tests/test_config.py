@@ -17,7 +17,7 @@ SWITCHES = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
 def test_defaults_are_the_originals():
-    ours = {"device", "compute_dtype", "max_iteration", "save_minutes", "stall_timeout"}
+    ours = {"device", "compute_dtype", "initial_model", "max_iteration", "save_minutes", "stall_timeout"}
     assert {name: value for name, value in DEFAULTS.items() if name not in ours} == {
         "game": "Breakout-v0",
         "log_dir": "",

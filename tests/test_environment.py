@@ -91,7 +91,7 @@ def area_resize(screen):
 def test_preprocess_averages_equal_areas():
     for least in (0, 255):  # noise; white, which must not overflow
         screen = np.random.default_rng(0).integers(least, 256, [210, 160], np.uint8)
-        frame = environment.preprocess(screen)
+        frame = environment.preprocess(screen[None])[0].numpy()
         assert frame.dtype == np.uint8
         assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
 
@@ -134,7 +134,7 @@ def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, monk
     screen, same_info = watching.reset(seed=3)
     assert same_info["episode_frame_number"] == info["episode_frame_number"][0]
     rng = np.random.default_rng(1)
-    differences, paid = [np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max()], 0
+    differences, paid = [np.abs(environment.preprocess(screen[None])[0].numpy() - frame[0, 0].astype(int)).max()], 0
     for step in range(200):
         action = int(rng.integers(game.num_actions))
         frame, reward, terminated, _, info = envs.step(np.array([action]))
@@ -145,7 +145,7 @@ def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, monk
             break
         assert info["lives"][0] == same_info["lives"]
         if step % 8 == 0:
-            differences.append(np.abs(environment.preprocess(screen) - frame[0, 0].astype(int)).max())
+            differences.append(np.abs(environment.preprocess(screen[None])[0].numpy() - frame[0, 0].astype(int)).max())
     watching.close()
     assert frame.std() > 5  # there is something to see
     assert paid > 0

@@ -5,6 +5,7 @@ forms are marked slow.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -469,7 +470,8 @@ def test_every_game_trains_for_three_updates_and_is_watched_for_fifty_steps(tmp_
     network, iteration = checkpoint.load_network(f"{tmp_path}/last.ckpt", game.num_actions)
     assert iteration == 3
     with contextlib.closing(gymnasium.wrappers.TimeLimit(make_watching_env(game), 50)) as env:
-        score, _ = watching.play_game(env, network, seed=0, policy="softmax", epsilon=0.0, film=screens.append)
+        flags, decide = watching.Flags(iter=1, policy="softmax"), functools.partial(watching.decide, network)
+        ((score, _, _),) = watching.play_games([env], decide, flags, film=screens.append)
     assert np.isfinite(score)
     assert 1 <= len(screens) <= 50
-    assert screens[0].shape[2] == 3
+    assert screens[0].screen.shape[2] == 3

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import av
 import numpy as np
@@ -167,10 +168,10 @@ def test_sound_checkpoint_is_read_from_any_folder_or_refused_for_its_name(tmp_pa
 def watch(monkeypatch, tmp_path):
     """Return a function that runs a3c-test.py in tmp_path and in this process, with games of three screens."""
 
-    def play_game(env, network, seed, policy, epsilon, film=None, *_):
-        env.reset(seed=seed)
+    def play_game(env, seed, policy, epsilon, film=None):
+        yield env.reset(seed=seed)[0], True
         for _ in range(3):
-            film and film(env.unwrapped.ale.getScreenRGB())
+            film and film(types.SimpleNamespace(screen=env.unwrapped.ale.getScreenRGB()))
         return 2.0, []
 
     def call(*flags):

@@ -74,7 +74,13 @@ def test_frames_are_the_luminance_cut_off_and_made_small_by_a_bilinear_filter():
 def test_it_is_played_with_its_own_frames_and_says_so(tmp_path, monkeypatch, capsys):
     write_original(tmp_path / "model.ckpt", np.zeros([1, 84, 84, 4]))
     seen = []
-    monkeypatch.setattr(watching, "play_game", lambda env, *_: seen.append(env.reset(seed=0)[0]) or (3.0, []))
+
+    def play_game(env, *_):
+        seen.append(env.reset(seed=0)[0])
+        yield seen[0], True
+        return 3.0, []
+
+    monkeypatch.setattr(watching, "play_game", play_game)
     flags = ["--game=Breakout-v0", "--device=cpu", "--iter=1", "--film=0", f"--out={tmp_path}/out"]
     monkeypatch.setattr(sys, "argv", ["a3c-test.py", f"--model={tmp_path}/model.ckpt-600000", *flags])
     assert watching.main() == 0

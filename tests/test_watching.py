@@ -1,6 +1,7 @@
 """`a3c-test.py`: how it plays, what it writes, and what it refuses before it plays."""
 
 import collections
+import functools
 import json
 import shutil
 import signal
@@ -35,6 +36,7 @@ class ScriptedGame(gymnasium.Env):
 
     rewards = (1.0, -2.0, 4.0, -8.0, 16.0, 32.0)
     lives = (3, 3, 2, 2, 3, 2, 0)  # one is won in the fourth step
+    observation_space = gymnasium.spaces.Box(0, 255, [210, 160], np.uint8)
 
     def __init__(self):
         self.screens = np.random.default_rng(0).integers(0, 256, [7, 210, 160], np.uint8)
@@ -57,16 +59,19 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
 
     def network(history):
         histories.append(history_to_frames(history)[0].numpy())
-        return tf.constant(logits[len(histories) % 4][None]), tf.constant([len(histories) / 2])
+        likeliest = tf.tile(logits[len(histories) % 4][None], [len(history), 1])
+        return likeliest, tf.fill([len(history)], len(histories) / 2)
 
-    game, filmed = ScriptedGame(), []
-    score, lives_lost_at = watching.play_game(game, network, 1, "greedy", 0.0, filmed.append)
+    game, filmed, flags = ScriptedGame(), [], watching.Flags(seed=1, iter=1, epsilon=0.0)
+    decide = functools.partial(watching.decide, network)
+    ((score, lives_lost_at, seed),) = watching.play_games([game], decide, flags, filmed.append)
+    assert seed == 1
     assert score == 1 - 2 + 4 - 8 + 16 + 32
     assert lives_lost_at == [1 - 2, 1 - 2 + 4 - 8 + 16, score]
     assert game.actions == [1, 2, 3, 0, 1, 2]
     queue = collections.deque([np.zeros([84, 84])] * 4, maxlen=4)
     for found, screen in zip(histories, game.screens, strict=False):
-        queue.append(preprocess(screen))
+        queue.append(preprocess(screen[None])[0].numpy())
         np.testing.assert_array_equal(found, np.stack(queue, axis=-1))
     assert len(histories) == 6
     np.testing.assert_array_equal([moment.screen for moment in filmed], game.screens[:6])
@@ -97,9 +102,11 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
 
     def play_game(*_):
         before.append(results(tmp_path)["scores"])
+        yield np.zeros([210, 160], np.uint8), True
         return next(games)
 
     monkeypatch.setattr(watching, "play_game", play_game)
+    monkeypatch.setattr(watching, "ROWS", 1)
     assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=0") == 0
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
@@ -108,8 +115,26 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     figures = {"games": 3, "mean": 5, "standard_deviation": 3.56, "median": 3, "maximum": 10, "minimum": 2}
     lists = {"scores": [3, 10, 2], "lives_lost_at": [[1, 3], [], [2]], "seeds": [40, 41, 42]}
     assert found == {**about, **flags, **figures, **lists}
-    assert before == [[], [3], [3, 10]]
+    assert before == [[], [], [3]]  # the next game begins before the line is written
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["greedy", "softmax"])
+def test_score_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, monkeypatch, policy):
+    make, scores = watching.make_watching_env, []
+
+    def make_short_env(game, obs_type):
+        return gymnasium.wrappers.TimeLimit(make(game, obs_type=obs_type), 300)
+
+    monkeypatch.setattr(watching, "make_watching_env", make_short_env)
+    for first, games, films in ((0, 20, 1), (2, 1, 0), (17, 3, 2)):  # more games than rows, alone, and some filmed
+        assert main(f"--policy={policy}", f"--seed={first}", f"--iter={games}", f"--film={films}") == 0
+        found = results(tmp_path)
+        assert found["seeds"] == list(range(first, first + games))
+        games = zip(found["scores"], map(tuple, found["lives_lost_at"]), strict=True)
+        scores.append(dict(zip(found["seeds"], games, strict=True)))
+    assert scores[1].items() | scores[2].items() <= scores[0].items()
+    assert len({score for score, _ in scores[0].values()}) > 3
 
 
 @pytest.mark.parametrize("frameskip", [7, 121, 1000])
@@ -150,7 +175,8 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
         return choose(*words)
 
     monkeypatch.setattr(watching, "choose_action", choose_action)
-    monkeypatch.setattr(watching, "make_watching_env", lambda _: game)
+    monkeypatch.setattr(watching, "make_watching_env", lambda *_, **__: game)
+    monkeypatch.setattr(watching, "ROWS", 1)
     assert main("--iter=9", "--film=0") == 128 + 15
     assert results(tmp_path)["scores"] == [sum(game.rewards)]
     assert len(game.actions) == 9
