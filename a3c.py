@@ -187,7 +187,7 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
         report = Report(config, progress, check)
-        return Groups(config, shared, progress, saver, report, signals).run(game, device, started)
+        return Groups(config, shared, progress, saver, report, signals).run(game, device)
 
 
 def game_and_device(config: Config) -> tuple[Game, str]:
