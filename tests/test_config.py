@@ -129,7 +129,7 @@ def test_every_field_is_a_flag_and_none_gives_the_defaults():
     assert a3c.parse_config([]) == Config()
     values = {name: 7 if isinstance(value, int) or value is None else 0.5 for name, value in DEFAULTS.items()}
     values |= dict.fromkeys(SWITCHES, True)
-    values |= {"game": "Pong-v0", "log_dir": "x", "device": "cpu", "compute_dtype": "bfloat16"}
+    values |= {"game": "Pong-v0", "log_dir": "x", "initial_model": "y", "device": "cpu", "compute_dtype": "bfloat16"}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert a3c.parse_config(flags) == Config(**values)
 

@@ -12,13 +12,11 @@ import av
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ROOT, refusal, watching
+from conftest import SHIPPED, refusal, watching
 
 import film
 from environment import history_to_frames, preprocess
 from startup import UserError, tf
-
-SHIPPED = ROOT / "models/breakout-v0"
 
 
 @pytest.mark.row(n=13)
@@ -98,16 +96,17 @@ def results(tmp_path):
 
 @pytest.mark.row(n=9)
 def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path, monkeypatch, capsys):
-    games, before = iter([(3.0, [1.0, 3.0]), (10.0, []), (2.0, [2.0])]), []
+    games, before, filmed = iter([(3.0, [1.0, 3.0]), (10.0, []), (2.0, [2.0])]), [], []
 
-    def play_game(*_):
+    def play_game(env, seed, policy, epsilon, film):
         before.append(results(tmp_path)["scores"])
+        filmed.append(film is not None)
         yield np.zeros([210, 160], np.uint8), True
         return next(games)
 
     monkeypatch.setattr(watching, "play_game", play_game)
     monkeypatch.setattr(watching, "ROWS", 1)
-    assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=0") == 0
+    assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=2") == 0
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
     about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 250_010}
@@ -116,6 +115,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     lists = {"scores": [3, 10, 2], "lives_lost_at": [[1, 3], [], [2]], "seeds": [40, 41, 42]}
     assert found == {**about, **flags, **figures, **lists}
     assert before == [[], [], [3]]  # the next game begins before the line is written
+    assert filmed == [True, True, False]
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
 
 
