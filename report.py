@@ -55,8 +55,7 @@ class Report:
             rows = _read_rows(path, progress.iteration)
             self.table = open(unfinished, "w", newline="")  # noqa: SIM115
             csv.writer(self.table).writerow(COLUMNS)
-            csv.writer(self.table).writerows(map(_cells, rows))
-            self.table.flush()
+            self._add_to_table(rows)
             unfinished.replace(path)
             folders = {"iteration": folder, "episodes": folder / "per-eps"}
             self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in folders.items()}
@@ -93,10 +92,13 @@ class Report:
     def _write(self, row: dict[str, float]) -> None:
         """Add a row to progress.csv and to TensorBoard's curves."""
         with refusing(f"cannot write the report in {self.config.log_dir}"):
-            csv.writer(self.table).writerow(_cells(row))
-            self.table.flush()
+            self._add_to_table([row])
             for x_axis, file in self.curves.items():
                 _add_event(file, row[x_axis], summary=_points(row))
+
+    def _add_to_table(self, rows: list[dict[str, float]]) -> None:
+        csv.writer(self.table).writerows([f"{row[column]:.10g}" for column in COLUMNS] for row in rows)
+        self.table.flush()
 
     def refresh(self) -> None:
         """Bring the bar up to date, and check that the folder still is this run's."""
@@ -121,10 +123,6 @@ def _read_rows(path: Path, iteration: int) -> list[dict[str, float]]:
         return [{k: float(row[k]) for k in COLUMNS} for row in whole if int(row["iteration"]) <= iteration]
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
-
-
-def _cells(row: dict[str, float]) -> list[str]:
-    return [f"{row[column]:.10g}" for column in COLUMNS]
 
 
 def _points(row: dict[str, float]) -> dict:
