@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import checkpoint
+import settings
 from async_agent import Progress
 from environment import Game, find_game
 from groups import Groups, run_folder
 from network import SharedNetwork
 from report import Report
-from startup import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, UserError, tf
+from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero
+from startup import UserError, tf
 
 
 @dataclasses.dataclass
@@ -72,7 +74,6 @@ class Config:
     subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
     filters: Count = 32  # of the first convolution; the second has twice as many
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the threads' copies; auto is what is faster
-
     save_steps: Count = 6_400_000  # agent steps between checkpoints; the newest three are kept
     save_minutes: Positive = 10.0  # most minutes between checkpoints, whatever save_steps
     summary_period: Count = 100  # updates between lines of the report, of progress.csv and of TensorBoard
@@ -80,7 +81,7 @@ class Config:
 
     def __post_init__(self):
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
-        startup.check_settings(self)
+        settings.check_settings(self)
         checkpoint.check_path("log_dir", self.log_dir)
 
     @property
@@ -136,7 +137,7 @@ def parse_config(flags: Sequence[str], **defaults) -> Config:
     preset.add_argument("--preset", choices=PRESETS, default="original")
     chosen, others = preset.parse_known_args(flags)
     about = f"{__doc__.splitlines()[0]}\n\n--preset {{{','.join(PRESETS)}}} sets other defaults."
-    return startup.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
+    return settings.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
 
 
 def given_to_run(folder: str) -> dict:
@@ -234,8 +235,7 @@ def main() -> int:
     signals = []
     with startup.undisturbed(signals.append):
         try:
-            folder = parse_config(sys.argv[1:]).folder
-            return _train(parse_config(sys.argv[1:], **given_to_run(folder)), signals)
+            return _train(parse_config(sys.argv[1:], **given_to_run(parse_config(sys.argv[1:]).folder)), signals)
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)
         except Exception as error:
