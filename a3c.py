@@ -17,7 +17,6 @@ import dataclasses
 import math
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Literal
@@ -169,7 +168,6 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, signals: list[int]) -> int:
-    started = time.monotonic()
     game, device = game_and_device(config)
     config = dataclasses.replace(config, log_dir=config.folder)
     with run_folder(config.log_dir) as check, tf.device(device):
