@@ -312,7 +312,7 @@ def has_rows(folder, number=2):
 
 
 def tensorboard(folder):
-    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step, value and wall_time."""
+    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step and value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 

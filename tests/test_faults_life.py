@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -251,10 +250,6 @@ def test_curves_hold_where_lost_rows_have_as_many_games_as_those_that_stay(tmp_p
             with open(tmp_path / "progress.csv", "a") as file:
                 file.write("6,120")
     assert iterations(tmp_path) == [2, 4, 6, 8]
-    times = [point.wall_time for point in tensorboard(tmp_path)["entropy_loss"]]
-    seconds = [float(row["seconds"]) for row in rows(tmp_path)]  # without the time between two runs
-    np.testing.assert_allclose(np.diff(times), np.diff(seconds), atol=0.01)
-    assert times[-1] == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.row(n=29)
