@@ -29,7 +29,7 @@ VIDEO_SCALE = 2  # the screen of 160x210 pixels is shown at twice its size
 
 @dataclasses.dataclass
 class Flags:
-    """The flags of the command line. A number out of its bounds raises UserError, which names it."""
+    """Watch a trained agent play. These flags say what and how."""
 
     model: str = "./models/breakout-v0/last.ckpt"  # a checkpoint, or the folder of a run: its newest one
     out: str = "/tmp/result"  # folder for results.json and play.mp4
@@ -52,9 +52,11 @@ def open_window(game: Game) -> gymnasium.Env:
     if sys.platform == "linux":
         os.environ.setdefault("SDL_VIDEODRIVER", "x11,wayland")  # else SDL draws nowhere if there is no display
     try:
+        if sys.platform == "linux" and not (os.getenv("DISPLAY") or os.getenv("WAYLAND_DISPLAY")):
+            raise RuntimeError("DISPLAY is not set")
         return make_watching_env(game, "human")
     except RuntimeError as error:
-        raise UserError(f"--render: no display answers ({error}). Leave it out and look at play.mp4 instead") from error
+        raise UserError(f"--render: no display answers: {error}. Leave it out and look at play.mp4 instead") from error
 
 
 @contextlib.contextmanager
@@ -172,9 +174,7 @@ def main() -> int:
     signals = []
     with startup.undisturbed(signals.append):
         try:
-            markers = (tyro.conf.FlagCreatePairsOff,)  # --render is a switch
-            flags = tyro.cli(Flags, description=__doc__.splitlines()[0], use_underscores=True, config=markers)
-            watch(flags, signals)
+            watch(tyro.cli(Flags, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)), signals)
         except UserError as error:
             print(f"a3c-test.py: error: {error}", file=sys.stderr)
             return 1

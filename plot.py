@@ -12,6 +12,8 @@ import math
 import os
 import sys
 
+os.environ["MPLBACKEND"] = "Agg"  # Jupyter sets one that may not be there
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -42,8 +44,7 @@ def read_columns(path: str, needed: tuple[str, ...], steps: float = math.inf) ->
         try:
             columns[name] = np.array([row[name] for row in rows], str if name == "run" else float)
         except (KeyError, ValueError):
-            form = "commas between columns, decimal points in numbers"
-            raise UserError(f"{path!r}: column {name} is missing or not all numbers. Write {form}") from None
+            raise UserError(f"{path!r}: column {name} is missing or not all numbers; is it CSV with commas?") from None
     near = columns["agent_steps"] <= steps
     if not near.any():
         raise UserError(f"--steps {steps:,.0f}: {path!r} begins with {columns['agent_steps'][0]:,.0f} agent steps")
@@ -66,7 +67,6 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
     """Draw average (thick) and maximum (thin) score of recent games by agent steps, games and hours."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    farthest = max(run["agent_steps"].max() for _, run in runs)
     for panel, axis in zip(panels, AXES, strict=True):
         for index, (name, run) in enumerate(runs):
             x = run[axis] / UNITS[axis]
@@ -75,7 +75,7 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
         for index, (name, reference) in enumerate(references, len(runs)):
             x, y = reference.get(axis, math.nan * reference["agent_steps"]), reference["average_score"]
             if axis == "agent_steps":
-                x = np.where(x > farthest, math.nan, x)
+                x = np.where(x > max(run["agent_steps"].max() for _, run in runs), math.nan, x)  # no farther
             panel.plot(x / UNITS[axis], y, "--" if len(y) > 1 else "o", color=f"C{index}", label=name)
         panel.set_xlabel(AXES[axis])
         panel.grid(alpha=0.3)

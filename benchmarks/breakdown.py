@@ -17,8 +17,6 @@ import tempfile
 import time
 from unittest import mock
 
-from tensorflow.tsl.profiler.protobuf import xplane_pb2
-
 import a3c
 import async_agent
 from benchmarks.bench import WARM_UP_UPDATES, endless
@@ -86,6 +84,8 @@ def run(agent: async_agent.GroupAgent, seconds: float) -> tuple[float, int]:
 
 def seconds_by_part(log_dir: str) -> collections.Counter:
     """Return the sums of the times of all operations in a profile."""
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2  # not above: `startup` imports TensorFlow without its noise
+
     (path,) = glob.glob(f"{log_dir}/**/*.xplane.pb", recursive=True)
     with open(path, "rb") as file:
         planes = xplane_pb2.XSpace.FromString(file.read()).planes

@@ -40,7 +40,7 @@ def test_references_are_drawn_as_far_as_the_run_by_steps_and_whole_by_the_hours_
     assert 30 < by_steps.get_ylim()[1] < 9000
 
 
-def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(tmp_path, draw, figures):
+def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_or_is_not_there_is_named(tmp_path, draw, figures):
     draw(SHIPPED, "--out", tmp_path)
     draw(SHIPPED, "--steps", 1e6, "--out", tmp_path)
     whole, part = (curve(figure, 0, 0) for figure in figures[::2])
@@ -48,8 +48,5 @@ def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_is_an_error(
     assert len(part) < len(whole)
     with pytest.raises(SystemExit, match=r"^plot\.py: error: --steps 10: [^\n]*$"):
         draw(SHIPPED, "--steps", 10, "--out", tmp_path)
-
-
-def test_run_that_is_not_there_is_named(tmp_path, draw):
     with pytest.raises(SystemExit, match=r"^plot\.py: error: cannot read [^\n]*nothing[^\n]*$"):
         draw(tmp_path / "nothing")

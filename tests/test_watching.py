@@ -11,7 +11,7 @@ import av
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ROOT, watching
+from conftest import ROOT, refusal, watching
 
 from environment import history_to_frames, preprocess
 from startup import UserError, tf
@@ -67,20 +67,14 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
     for found, screen in zip(histories, game.screens, strict=False):
         queue.append(preprocess(screen))
         np.testing.assert_array_equal(found, np.stack(queue, axis=-1))
-    assert len(histories) == 6
     np.testing.assert_array_equal(filmed, game.screens[:6])
-
-
-# The command.
 
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """Return a function that runs the command line in this process and returns its status."""
-
     def call(*flags):
-        words = ["a3c-test.py", f"--model={SHIPPED}", f"--out={tmp_path}/out", "--device=cpu", *flags]
-        monkeypatch.setattr(sys, "argv", words)
+        own = [f"--model={SHIPPED}", f"--out={tmp_path}/out", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["a3c-test.py", *own, *flags])
         return watching.main()
 
     return call
@@ -159,16 +153,12 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
     "flags, said",
     [
         pytest.param("--model={0}/x", "no checkpoint {0}/x. In {0}: {0}/last.ckpt", marks=pytest.mark.row(n=9)),
-        pytest.param("--game=Tennis-v0", "actions", marks=pytest.mark.row(n=10)),
+        pytest.param("--game=Tennis-v0", "4 actions; this one has 18", marks=pytest.mark.row(n=10)),
         pytest.param("--model={0}/foreign --game=Breakout-v0", "{0}/foreign", marks=pytest.mark.row(n=11)),
         ("--model={0}/last.ckpt", "cannot read {0}/config.json"),
         pytest.param("--out={0}/file", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("--out={0}/file/below", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("", "--film 0", marks=pytest.mark.row(n=22)),  # the encoder is missing
-        ("--iter=0", "iter = 0: must be"),
-        ("--epsilon=nan", "epsilon = nan: must be"),
-        ("--seed=-1", "seed = -1: must be"),
-        ("--frameskip=0", "frameskip = 0: must be"),
     ],
 )
 def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monkeypatch, capsys, flags, said):
@@ -177,15 +167,13 @@ def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monke
     shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
     tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "foreign"))
     (tmp_path / "file").write_text("in the way")
-    assert main(*flags.format(tmp_path).split()) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("a3c-test.py: error: ")
-    assert said.format(tmp_path) in line
+    ended = main(*flags.format(tmp_path).split()), *capsys.readouterr()
+    assert said.format(tmp_path) in refusal(ended, "a3c-test.py")
 
 
-@pytest.mark.parametrize("flag", ["--iter=1.5", "--policy=best", "--ite=3"])
+@pytest.mark.parametrize("flag", ["--iter=0", "--epsilon=nan", "--seed=-1", "--policy=best", "--ite=3"])
 def test_wrong_flag_exits_with_2_and_is_named(main, capsys, flag):
     with pytest.raises(SystemExit) as stopped:
         main(flag)
     assert stopped.value.code == 2
-    assert flag.partition("=")[0] in capsys.readouterr().err
+    assert flag.strip("-").partition("=")[0] in capsys.readouterr().err
