@@ -335,6 +335,7 @@ def tensorboard(folder):
 
 # The programs that are not modules of the package, and their pictures.
 
+SHIPPED = ROOT / "models/breakout-v0"
 _spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
 watching = sys.modules["watching"] = importlib.util.module_from_spec(_spec)  # tyro looks its source up
 _spec.loader.exec_module(watching)

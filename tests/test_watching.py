@@ -11,12 +11,10 @@ import av
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ROOT, refusal, watching
+from conftest import SHIPPED, refusal, watching
 
 from environment import history_to_frames, preprocess
 from startup import UserError, tf
-
-SHIPPED = ROOT / "models/breakout-v0"
 
 
 @pytest.mark.row(n=13)
@@ -86,14 +84,15 @@ def results(tmp_path):
 
 @pytest.mark.row(n=9)
 def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path, monkeypatch, capsys):
-    games, before = iter([(3.0, [1.0, 3.0]), (10.0, []), (2.0, [2.0])]), []
+    games, before, filmed = iter([(3.0, [1.0, 3.0]), (10.0, []), (2.0, [2.0])]), [], []
 
-    def play_game(*_):
+    def play_game(env, network, seed, policy, epsilon, film, signals):
         before.append(results(tmp_path)["scores"])
+        filmed.append(film is not None)
         return next(games)
 
     monkeypatch.setattr(watching, "play_game", play_game)
-    assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=0") == 0
+    assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=2") == 0
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
     about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 250_010}
@@ -101,7 +100,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     figures = {"games": 3, "mean": 5, "standard_deviation": 3.56, "median": 3, "maximum": 10, "minimum": 2}
     lists = {"scores": [3, 10, 2], "lives_lost_at": [[1, 3], [], [2]], "seeds": [40, 41, 42]}
     assert found == {**about, **flags, **figures, **lists}
-    assert before == [[], [3], [3, 10]]
+    assert (before, filmed) == ([[], [3], [3, 10]], [True, True, False])
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
 
 
