@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 import checkpoint
+import settings
 from environment import Game, empty_history, find_game, make_watching_env, preprocess, push_frame
 from startup import UserError, refusing, tf
 
@@ -35,16 +36,16 @@ class Flags:
     out: str = "/tmp/result"  # folder for results.json and play.mp4
     game: str | None = None  # an Atari id of Gymnasium; None is the one in the config.json beside the checkpoint
     device: str = "auto"  # auto, cpu, gpu or gpu:N
-    iter: startup.Count = 100  # games to play
+    iter: settings.Count = 100  # games to play
     policy: Literal["greedy", "softmax"] = "greedy"  # the likeliest action, or one drawn from the policy
-    epsilon: startup.Fraction = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
-    seed: startup.CountOrZero = 0  # game i is played with seed + i
-    frameskip: startup.Count | None = None  # emulator frames per agent step; None is the game's own, be it random
-    film: startup.CountOrZero = 1  # games in the video, from the first one on
+    epsilon: settings.Fraction = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
+    seed: settings.CountOrZero = 0  # game i is played with seed + i
+    frameskip: settings.Count | None = None  # emulator frames per agent step; None is the game's own, be it random
+    film: settings.CountOrZero = 1  # games in the video, from the first one on
     render: bool = False  # show ALE's window, at the speed of the console
 
     def __post_init__(self):
-        startup.check_settings(self)
+        settings.check_settings(self)
 
 
 def open_window(game: Game) -> gymnasium.Env:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from async_agent import Progress
 from network import Losses
-from startup import UserError, refusing, tf
+from startup import Background, UserError, refusing, tf
 
 if TYPE_CHECKING:
     from a3c import Config
@@ -40,9 +40,9 @@ LINE = (
 
 
 class Report:
-    """Reports one run. The groups' threads call `count_update`, the main thread everything else.
+    """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
 
-    Raises UserError if a file cannot be written.
+    The groups' threads call `count_update`, the main thread everything else.
     """
 
     def __init__(self, config: "Config", progress: Progress, check_folder=lambda: None):
@@ -55,14 +55,14 @@ class Report:
             rows = _read_rows(path, progress.iteration)
             self.table = open(unfinished, "w", newline="")  # noqa: SIM115
             csv.writer(self.table).writerow(COLUMNS)
-            csv.writer(self.table).writerows(map(_cells, rows))
-            self.table.flush()
+            self._add_to_table(rows)
             unfinished.replace(path)
             folders = {"iteration": folder, "episodes": folder / "per-eps"}
             self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in folders.items()}
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         length = {"initial": progress.agent_steps, "total": config.max_agent_steps}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)
+        self.background = Background(take=lambda task: task())
 
     def count_update(self, losses: Losses) -> None:
         """Take the losses of an update; report every `summary_period` updates. The caller holds the progress lock."""
@@ -71,8 +71,7 @@ class Report:
         self.last_row = self.last_row or (now, progress.agent_steps)
         if progress.iteration % self.config.summary_period == 0:
             row = self._make_row(now)
-            self._write(row)
-            tqdm.write(LINE.format(**row))
+            self.background.write(lambda: self._write(row))
             self.losses, self.last_row = [], (now, progress.agent_steps)
 
     def _make_row(self, now: float) -> dict[str, float]:
@@ -91,23 +90,31 @@ class Report:
         }
 
     def _write(self, row: dict[str, float]) -> None:
-        """Add a row to progress.csv and to TensorBoard's curves."""
+        """Write a row into the files and onto the screen."""
         with refusing(f"cannot write the report in {self.config.log_dir}"):
-            csv.writer(self.table).writerow(_cells(row))
-            self.table.flush()
+            self._add_to_table([row])
             for x_axis, file in self.curves.items():
                 _add_event(file, row[x_axis], summary=_points(row))
+        tqdm.write(LINE.format(**row))
+
+    def _add_to_table(self, rows: list[dict[str, float]]) -> None:
+        csv.writer(self.table).writerows([f"{row[column]:.10g}" for column in COLUMNS] for row in rows)
+        self.table.flush()
 
     def refresh(self) -> None:
-        """Bring the bar up to date, and check that the folder still is this run's."""
-        self.check_folder()
+        """Bring the bar up to date. Raises UserError once a file could not be written or the folder was lost."""
+        if self.background.failure:
+            raise self.background.failure
+        if self.background.items.empty():
+            self.background.write(self.check_folder)
         progress, scores = self.progress, self.progress.recent_scores()
         score = f", score {scores.mean():.1f}, max {scores.max():.0f}" if scores.size else ""
         self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
         self.bar.update(progress.agent_steps - self.bar.n)
 
     def close(self) -> None:
-        """End the bar."""
+        """Write what is left, for 2 s at most."""
+        self.background.close(2)
         self.bar.close()
 
 
@@ -121,10 +128,6 @@ def _read_rows(path: Path, iteration: int) -> list[dict[str, float]]:
         return [{k: float(row[k]) for k in COLUMNS} for row in whole if int(row["iteration"]) <= iteration]
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
-
-
-def _cells(row: dict[str, float]) -> list[str]:
-    return [f"{row[column]:.10g}" for column in COLUMNS]
 
 
 def _points(row: dict[str, float]) -> dict:

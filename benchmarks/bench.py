@@ -26,6 +26,7 @@ from async_agent import GroupAgent, Progress
 from benchmarks.common import first_update, hardware, spread, train
 from environment import FRAME_SIZE, Game, make_training_envs
 from report import Report
+from settings import LARGEST
 from startup import tf
 
 WARM_UP_UPDATES = 8  # of each group, not counted
@@ -124,7 +125,7 @@ class Bench:
 
 def endless(config: a3c.Config) -> a3c.Config:
     """Return `config` without what would end a run while it is measured."""
-    return dataclasses.replace(config, max_iteration=None, max_agent_steps=startup.LARGEST)
+    return dataclasses.replace(config, max_iteration=None, max_agent_steps=LARGEST)
 
 
 def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds: int) -> dict:
