@@ -24,8 +24,8 @@ class ActorCritic(tf.Module):
       seed: of the initial weights.
       compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
       filters: of the first convolution; the second has twice as many.
-      background: grey level that is subtracted from the pixels. Where most of the screen is bright, this is needed:
-        else the first updates push most filters of the first convolution below zero everywhere, where they stop learning.
+      background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
+        updates push most filters of the first convolution below zero everywhere, where they stop learning.
     """
 
     def __init__(
@@ -172,9 +172,7 @@ class SharedNetwork(ActorCritic):
         self.filters, self.background = filters, background
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
-        self.no_momenta = [
-            tf.Variable(tf.zeros_like(v), trainable=False) for v in variables
-        ]  # the operation wants them
+        self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # required, never used
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""

@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,10 @@ def ended(words, seconds=120, **options):
     return process.returncode, process.stdout, process.stderr
 
 
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.ckpt*")}
+
+
 def equal(one, other):
     return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
@@ -291,6 +296,17 @@ def config_of(folder):
 def trained_copy(trained, tmp_path):
     """Return a folder with a copy of the finished run `trained`."""
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+@contextlib.contextmanager
+def limited_files(size):
+    """Let a write beyond so many bytes of a file fail, as on a full disk, in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def own_mounts():
