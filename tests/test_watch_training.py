@@ -1,0 +1,68 @@
+"""`benchmarks/watch_training.py`: each new checkpoint of a run is played once and noted."""
+
+import csv
+import os
+import sys
+
+import pytest
+from conftest import Resumable
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import plot
+from benchmarks import watch_training
+
+
+@pytest.fixture
+def watch_once(tmp_path, monkeypatch):
+    """Return a function that evaluates the newest checkpoint of tmp_path once; returns all rows of the table."""
+    monkeypatch.setattr(os, "nice", lambda _: None)
+
+    def call(*flags):
+        own = [
+            "watch_training",
+            str(tmp_path),
+            "--once",
+            "--games=2",
+            "--film=0",
+            "--device=cpu",
+            "--game=Breakout-v0",
+            "--frameskip=20",
+        ]
+        monkeypatch.setattr(sys, "argv", [*own, *flags])
+        watch_training.main()
+        if not (tmp_path / "evaluation.csv").exists():
+            return []
+        with open(tmp_path / "evaluation.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return call
+
+
+def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, watch_once):
+    assert watch_once() == []
+    run = Resumable(tmp_path, filters=1)
+    run.save(30)
+    (row,) = watch_once()
+    assert (row["iteration"], row["agent_steps"], row["games"]) == ("30", "300", "2")
+    assert float(row["average_score"]) <= float(row["maximum_score"])
+    assert (tmp_path / "evaluation/30/results.json").exists()
+    assert watch_once() == [row]
+    run.save(40)
+    assert watch_once("--every=101") == [row]
+    rows = watch_once("--every=100")
+    assert [row["iteration"] for row in rows] == ["30", "40"]
+    curves = EventAccumulator(str(tmp_path / "evaluation"), size_guidance={"tensors": 0}).Reload()
+    assert [point.step for point in curves.Tensors("average_rewards")] == [30, 40]
+    ((_, columns),) = plot.read_references(str(tmp_path / "evaluation.csv"))
+    assert list(columns["agent_steps"]) == [300, 400]
+
+
+@pytest.mark.row(n=11)
+def test_checkpoint_that_cannot_be_played_is_named_and_passed_over(tmp_path, watch_once, capsys):
+    path = Resumable(tmp_path, filters=1, num_actions=6).save(30)
+    assert watch_once() == []
+    assert f"{path} could not be played: a3c-test.py: error: {path} is of a game with 6" in capsys.readouterr().err
+    (tmp_path / f"model.ckpt-50{checkpoint.INDEX}").write_bytes(b"damaged")
+    assert watch_once() == []
+    assert "model.ckpt-50 is damaged" in capsys.readouterr().err
