@@ -26,7 +26,7 @@ import settings
 from async_agent import Progress
 from environment import Game, find_game
 from groups import Groups, run_folder
-from network import SharedNetwork
+from network import SharedNetwork, choose_dtype
 from report import Report
 from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero
 from startup import UserError, tf
@@ -208,7 +208,7 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
         config.rmsprop_epsilon,
         config.filters,
         game.background if config.subtract_background else 0,
-        startup.choose_dtype(config.compute_dtype, device),
+        choose_dtype(config.compute_dtype, device),
     )
 
 

@@ -6,7 +6,9 @@ Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"
 Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from environment import FRAME_SIZE, history_to_frames
@@ -14,6 +16,15 @@ from startup import tf
 
 WEIGHT_STDDEV = 0.02
 HIDDEN_UNITS = 256
+
+
+def choose_dtype(compute_dtype: str, device: str) -> str:
+    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    cpu = Path("/proc/cpuinfo")
+    fast = "CPU" in device and cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
+    return "bfloat16" if fast else "float32"
 
 
 class ActorCritic(tf.Module):
