@@ -1,8 +1,8 @@
 """Save, verify and resume.
 
-A run's folder holds `model.ckpt-N.*` after N updates, the newest few, and `last.ckpt.*`, a copy of the newest.
-Each save goes to a new name and is read back before an older one is removed, so at every moment there is a complete
-one. TensorFlow's checkpoint format keeps a checksum of every tensor and of its index.
+A run's folder holds `model.ckpt-N` after N updates, the newest three, and `last.ckpt`, a copy of the newest. Each is a
+pair of files in TensorFlow's format, with a checksum of every tensor and of the index. A save goes to a new name and is
+read back before an older one is removed, so at every moment there is a complete one.
 """
 
 import contextlib
@@ -11,40 +11,36 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from async_agent import Progress
 from network import ActorCritic, SharedNetwork
 from startup import UserError, reason, refusing, tf
 
-CONFIG, LAST, UNFINISHED = "config.json", "last.ckpt", ".unfinished"
-_DATA, _INDEX = ".data-00000-of-00001", ".index"
-_KEY = "/.ATTRIBUTES/VARIABLE_VALUE"
-_PROGRESS_KEY = "progress/.ATTRIBUTES/py_state"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of something else; the message says which and what to do."""
+KEEP = 3  # numbered checkpoints that stay in a folder
+CONFIG, LAST, NUMBERED = "config.json", "last.ckpt", "model.ckpt-"
+DATA, INDEX = ".data-00000-of-00001", ".index"  # the two files of a checkpoint
+_KEY, _PROGRESS_KEY = "/.ATTRIBUTES/VARIABLE_VALUE", "progress/.ATTRIBUTES/py_state"
 
 
 def read_config(path: str) -> dict:
-    """Return what a run's `config.json` says. Raises CheckpointError if it is missing or damaged."""
+    """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
     try:
-        with open(path) as file:
-            config = json.load(file)
+        config = json.loads(Path(path).read_text())
         config["game"]  # the one key that everything needs
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def write_json(path: str, content: dict) -> None:
     """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
-    unfinished = os.path.join(os.path.dirname(path), ".unfinished.json")
     with refusing(f"cannot write {path}"):
-        with open(unfinished, "w") as file:
-            json.dump(content, file, indent=2)
-        os.replace(unfinished, path)
+        unfinished = Path(path).with_name(".unfinished.json")
+        unfinished.write_text(json.dumps(content, indent=2))
+        unfinished.replace(path)
 
 
 def check_path(name: str, path: str) -> None:
@@ -54,180 +50,141 @@ def check_path(name: str, path: str) -> None:
 
 
 class Saver:
-    """Saves a run into its folder and resumes it.
+    """Saves a run into its folder and resumes it, both with the lock held. `check` refuses a folder that was lost."""
 
-    Args:
-      folder, check: of `groups.run_folder`; the check is made before each save.
-      shared, progress: the network with its RMSProp state and an `async_agent.Progress`, locked by the caller.
-      keep: how many numbered checkpoints stay.
-    """
-
-    def __init__(self, folder: str, shared: SharedNetwork, progress, keep: int = 3, check=lambda: None):
-        self.folder, self.shared, self.progress, self.keep, self.check = folder, shared, progress, keep, check
-        self.newest = None  # path of what this process saved or resumed last
+    def __init__(self, folder: str, shared: SharedNetwork, progress: Progress, check: Callable = lambda: None):
+        self.folder, self.shared, self.progress, self.check = folder, shared, progress, check
+        self.unfinished = os.path.join(folder, ".unfinished")
         state = {"weights": shared.weights, "biases": shared.biases, "mean_squares": shared.mean_squares}
         self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
         """Write `model.ckpt-N`, read it back, copy it to `last.ckpt`, remove the oldest; return its path.
 
-        Raises, with earlier checkpoints untouched:
-          FloatingPointError: a weight is not finite.
-          UserError: the disk is full, or the folder cannot be written or was lost, or what was read back is damaged.
+        Raises FloatingPointError if a weight is not finite; UserError if the disk is full, the folder was lost or
+        cannot be written, or what was read back is damaged. Earlier checkpoints stay.
         """
         for variable in self.shared.trainable_variables:
             if not np.all(np.isfinite(variable)):
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
-        path = os.path.join(self.folder, f"model.ckpt-{self.progress.iteration}")
-        last, unfinished = os.path.join(self.folder, LAST), os.path.join(self.folder, UNFINISHED, "model")
-        if path == self.newest and os.path.exists(path + _INDEX):
-            return path
+        path = os.path.join(self.folder, f"{NUMBERED}{self.progress.iteration}")
+        unfinished = os.path.join(self.unfinished, "model")
         with refusing(f"cannot save {path}, earlier saves are intact"):
             self.check()
             try:
-                os.makedirs(os.path.dirname(unfinished), exist_ok=True)
+                os.makedirs(self.unfinished, exist_ok=True)
                 self.checkpoint.write(unfinished)
                 read(unfinished)
                 _move(unfinished, path)
-                for suffix in (_DATA, _INDEX):
+                for suffix in (DATA, INDEX):
                     shutil.copyfile(path + suffix, unfinished + suffix)
-                _move(unfinished, last)
+                _move(unfinished, os.path.join(self.folder, LAST))
             finally:
-                self.remove_unfinished()
-        self.newest = path
-        for old in numbered(self.folder)[self.keep :]:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+        for old in numbered(self.folder)[KEEP:]:
             _remove(old)
         return path
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
 
-        Damaged ones are named to `warn` and passed over; half-written files are removed. Raises CheckpointError if it
-        is of another network, or if every one is damaged.
+        Removes half-written files; names damaged checkpoints to `warn` and passes over them. Raises UserError if all
+        are damaged, or if the newest is of another network.
         """
-        self.remove_unfinished(warn)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        for name in glob.glob(f"*.ckpt*{DATA}", root_dir=self.folder):
+            path = os.path.join(self.folder, name).removesuffix(DATA)
+            if not os.path.exists(path + INDEX):
+                warn(f"{path}{DATA} has no {INDEX} file, so it is not a checkpoint: removed")
+                os.remove(path + DATA)
         paths = all_checkpoints(self.folder)
         for path in paths:
             try:
-                tensors = read(path)
-                saved_iteration(tensors, path)
-            except CheckpointError as error:
+                tensors, _ = read(path)
+            except UserError as error:
                 warn(f"{error}; falling back to an earlier one")
-                continue
-            check_fits(tensors, self.shared, path)
-            self.checkpoint.read(path).assert_consumed()
-            self.newest = path
-            return path
+            else:
+                check_fits(tensors, self.shared, path)
+                self.checkpoint.read(path).assert_consumed()
+                return path
         if paths:
-            raise CheckpointError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
+            raise UserError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
         return None
 
-    def remove_unfinished(self, warn: Callable[[str], None] = lambda text: None) -> None:
-        """Remove what a killed or failed save left behind; a data file without its index is named to `warn`."""
-        shutil.rmtree(os.path.join(self.folder, UNFINISHED), ignore_errors=True)
-        for name in glob.glob(os.path.join(glob.escape(self.folder), f"*.ckpt*{_DATA}")):
-            if not os.path.exists(name.removesuffix(_DATA) + _INDEX):
-                warn(f"{name} has no {_INDEX} file, so it is not a checkpoint: removed")
-                os.remove(name)
+
+def _move(path: str, new: str) -> None:
+    """Rename a checkpoint. A kill on the way leaves none of the new name, never a damaged one."""
+    _remove(new)
+    for suffix in (DATA, INDEX):
+        os.replace(path + suffix, new + suffix)
 
 
-def read(path: str) -> dict[str, np.ndarray]:
-    """Read every tensor of a checkpoint, which verifies their checksums; raises CheckpointError if it is damaged."""
+def _remove(path: str) -> None:
+    for suffix in (INDEX, DATA):  # in this order, because without its index the rest is no checkpoint
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + suffix)
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], int]:
+    """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign."""
     try:
         reader = tf.train.load_checkpoint(path)
-        return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-    except (tf.errors.OpError, ValueError, RuntimeError, IndexError, MemoryError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason(error)})") from error
-
-
-def saved_iteration(tensors: dict[str, np.ndarray], path: str = "this") -> int:
-    """Return after how many updates this checkpoint was saved. Raises CheckpointError if it is not one of ours."""
-    try:
-        return int(json.loads(tensors[_PROGRESS_KEY])["iteration"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this program") from error
+        tensors = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+        return tensors, int(json.loads(tensors[_PROGRESS_KEY])["iteration"])
+    except (tf.errors.OpError, LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
-    """Raise CheckpointError where a checkpoint's weights are not those of a network, by name and shape."""
-    here = {name: variable.shape.as_list() for name, variable in _parameters(network).items()}
-    there = {key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key[:7] in ("weights", "biases/")}
+    """Raise UserError where a checkpoint's weights are not those of a network, by name and shape."""
+    kinds = {"weights": network.weights, "biases": network.biases}
+    here = {f"{kind}/{layer}": v.shape.as_list() for kind, layers in kinds.items() for layer, v in layers.items()}
+    there = {key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key.split("/")[0] in kinds}
     for name in {**here, **there}:
         was, now = there.get(name), here.get(name)
         if was != now and name == "weights/policy" and was and now:
-            raise CheckpointError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
+            raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
             why = "Was it trained with another --preset, --filters or --subtract_background?"
-            raise CheckpointError(f"{path} is not of this network: {name} has shape {was} there and {now} here. {why}")
+            raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
-    """Return the network of a checkpoint, with its filters and background, and after how many updates it was saved.
-
-    Raises CheckpointError if it is missing, damaged, of another network or of a game with another number of actions.
-    """
-    tensors = read(path)
-    saved = saved_iteration(tensors, path)
-    filters = np.shape(tensors.get(f"weights/conv1{_KEY}"))[-1:] or (1,)  # where there is none, it does not fit
-    network = ActorCritic(num_actions, filters=filters[0], background=-int(tensors.get(f"biases/input{_KEY}", 0)))
+    """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
+    tensors, iteration = read(path)
+    filters = tensors.get(f"weights/conv1{_KEY}", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
+    network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get(f"biases/input{_KEY}", 0)))
     check_fits(tensors, network, path)
-    for name, variable in _parameters(network).items():
-        variable.assign(tensors[name + _KEY])
-    return network, saved
-
-
-def _parameters(network: ActorCritic) -> dict[str, tf.Variable]:
-    return {f"{kind}/{layer}": v for kind in ("weights", "biases") for layer, v in getattr(network, kind).items()}
+    tf.train.Checkpoint(weights=network.weights, biases=network.biases).read(path).expect_partial()
+    return network, iteration
 
 
 def resolve(path: str) -> str:
-    """Return the checkpoint that `path` means: itself, that of an `.index` or data file, or the newest of a folder.
-
-    Raises CheckpointError, which lists what is there, if there is none; UserError if TensorFlow cannot read this path.
-    """
-    path = os.path.expanduser(path)
+    """Return the checkpoint that a path, one of its two files or a folder means; a UserError lists what is there."""
+    path = os.path.expanduser(path).removesuffix(INDEX).removesuffix(DATA)
     check_path("model", path)
-    path = path.removesuffix(_INDEX).removesuffix(_DATA)
-    if os.path.exists(path + _INDEX):
+    if os.path.exists(path + INDEX):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     found = all_checkpoints(folder)
     if found and folder == path:
         return found[0]
-    raise CheckpointError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
+    raise UserError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
 
 
 def all_checkpoints(folder: str) -> list[str]:
     """Return the folder's checkpoints, newest first; `last.ckpt`, which a run replaces, after its equals."""
-    last, found = os.path.join(folder, LAST), numbered(folder)
-    if os.path.exists(last + _INDEX):
-        place = len(found)
-        with contextlib.suppress(CheckpointError):
-            saved = saved_iteration(read(last))
-            place = sum(_number(path) >= saved for path in found)
-        found.insert(place, last)
-    return found
+    iterations = {path: int(path.rpartition("-")[2]) for path in numbered(folder)}
+    last = os.path.join(folder, LAST)
+    if os.path.exists(last + INDEX):
+        iterations[last] = -1
+        with contextlib.suppress(UserError):  # a damaged one is the last to be tried
+            _, iterations[last] = read(last)
+    return sorted(iterations, key=iterations.get, reverse=True)
 
 
 def numbered(folder: str) -> list[str]:
     """Return the paths of the folder's `model.ckpt-N`, newest first."""
-    found = glob.glob(os.path.join(glob.escape(folder), f"model.ckpt-*{_INDEX}"))
-    paths = [name.removesuffix(_INDEX) for name in found if name.removesuffix(_INDEX).rpartition("-")[2].isdecimal()]
-    return sorted(paths, key=_number, reverse=True)
-
-
-def _number(path: str) -> int:
-    return int(path.rpartition("-")[2])
-
-
-def _move(path: str, new: str) -> None:
-    """Rename a checkpoint; who is killed meanwhile leaves none of the new name rather than a damaged one."""
-    _remove(new)
-    for suffix in (_DATA, _INDEX):
-        os.replace(path + suffix, new + suffix)
-
-
-def _remove(path: str) -> None:
-    for suffix in (_INDEX, _DATA):  # in this order, because without its index the rest is no checkpoint
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path + suffix)
+    numbers = [name[len(NUMBERED) : -len(INDEX)] for name in glob.glob(f"{NUMBERED}*{INDEX}", root_dir=folder)]
+    newest_first = sorted(filter(str.isdecimal, numbers), key=int, reverse=True)
+    return [os.path.join(folder, NUMBERED + number) for number in newest_first]

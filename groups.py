@@ -1,12 +1,15 @@
 """A run has its folder for itself; its groups: start a thread for each, watch over them, stop them, save last."""
 
 import contextlib
+import dataclasses
+import fcntl
 import functools
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -17,8 +20,8 @@ from network import Losses, SharedNetwork
 from report import Report
 from startup import UserError, refusing, tf
 
-with contextlib.suppress(ImportError):  # Windows has no such locks
-    import fcntl
+if TYPE_CHECKING:
+    from a3c import Config
 
 STOP_GRACE = 6.0  # seconds that threads get to finish what they are at
 SAVE_GRACE = 30.0  # seconds that a save which a thread has begun gets on top
@@ -46,52 +49,53 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except BlockingIOError:
             raise UserError(f"log_dir = {folder!r}: another run is using it") from None
-        except (OSError, NameError):  # nor has every file system
+        except OSError:  # not every file system has locks
             print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
         lock.truncate(0)
         print(owner, end="", file=lock, flush=True)
         yield check
 
 
+@dataclasses.dataclass
 class Groups:
-    """The groups that train one shared network.
+    """The groups that train one shared network, a thread each."""
 
-    Args:
-      config: `a3c.Config`.
-      shared, progress: what the groups train and count.
-      saver, report: save and show both.
-      signals: numbers of the signals that have asked the run to end; a handler adds to it.
-    """
+    config: "Config"
+    shared: SharedNetwork  # what the groups train
+    progress: Progress  # what they have done so far
+    saver: Saver
+    report: Report
+    signals: list[int]  # that have asked the run to end; a handler adds to it
 
-    def __init__(self, config, shared: SharedNetwork, progress: Progress, saver: Saver, report: Report, signals: list):
-        self.config, self.shared, self.progress, self.saver, self.report = config, shared, progress, saver, report
-        self.signals = signals
+    def __post_init__(self):
         self.coordinator = tf.train.Coordinator()
         self.agents, self.threads = [], []
         self.saved_at = time.monotonic()
         self.saving = None  # (name of the thread that is at it, since when)
 
-    def run(self, game: Game, device: str, started: float) -> int:
-        """Train until `max_iteration` or a signal, and save. Return the exit status.
+    def run(self, game: Game, device: str) -> int:
+        """Train to the end or until a signal, and save. Return the exit status.
 
         Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
         written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
         try:
-            self._start(game, device, started)
-            while not self._watch(60):
-                pass
+            self._start(game, device)
+            while not self._is_over():
+                self._watch()
         finally:
             self._stop()
-        self.report.show()  # raises what could not be written
         return 128 + self.signals[0] if self.signals else 0
 
-    def _start(self, game: Game, device: str, started: float) -> None:
+    def _is_over(self) -> bool:
+        return bool(self.signals) or self.coordinator.should_stop()
+
+    def _start(self, game: Game, device: str) -> None:
         """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""
         config = self.config
         make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
         for index in range(config.num_threads):
-            if self._watch(0):
+            if self._is_over():
                 return
             agent = GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update)
             self.agents.append(agent)
@@ -100,41 +104,34 @@ class Groups:
             )
         for thread in self.threads:
             thread.start()
-        for learning in range(config.num_threads):
-            tqdm.write(f"building games: {learning} of {config.num_threads} groups learn")
-            while sum(agent.steps > config.unroll_step for agent in self.agents) <= learning:
-                if self._watch(0.2):
+        for learning in range(config.num_threads + 1):
+            while learning > sum(agent.steps > config.unroll_step for agent in self.agents):
+                if self._is_over():
                     return
-        first, now = self.report.first_update - started, time.monotonic() - started
-        tqdm.write(f"first update {first:.1f} s after the start, all groups learning after {now:.1f} s")
+                self._watch()
+            tqdm.write(f"building games: {learning} of {config.num_threads} groups learn")
 
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
-        self.report.add(losses)
+        self.report.count_update(losses)
         now, config = time.monotonic(), self.config
-        reached = self.progress.agent_steps % config.save_steps < config.steps_per_update  # a multiple of save_steps
-        if reached or now > self.saved_at + 60 * config.save_minutes:
+        reached_multiple = self.progress.agent_steps % config.save_steps < config.steps_per_update
+        if reached_multiple or now > self.saved_at + 60 * config.save_minutes:
             self.saving = threading.current_thread().name, now
             self.saver.save()
             self.saving, self.saved_at = None, now
 
-    def _watch(self, seconds: float) -> bool:
-        """Report for up to `seconds`; return whether it is time to stop. Raises TimeoutError if a group stalls."""
-        end = time.monotonic() + seconds
-        while not (self.signals or self.coordinator.should_stop()) and (before := time.monotonic()) < end:
-            self.coordinator.wait_for_stop(min(0.2, seconds))
-            self.report.show()
-            asleep = time.monotonic() - before
-            if asleep > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
-                for agent in self.agents:
-                    agent.alive_at += asleep
-            self._check_alive()
-        return bool(self.signals) or self.coordinator.should_stop()
-
-    def _check_alive(self) -> None:
-        limit, now = self.config.stall_timeout, time.monotonic()
-        slowest = min(self.agents, key=lambda agent: agent.alive_at, default=None)
-        if slowest and now - slowest.alive_at > limit:
+    def _watch(self) -> None:
+        """Wait for 0.2 s and show how far training is. Raises TimeoutError if a group stalls."""
+        before = time.monotonic()
+        self.coordinator.wait_for_stop(0.2)
+        self.report.refresh()
+        now, limit = time.monotonic(), self.config.stall_timeout
+        if now - before > 5:  # the whole process was stopped, or waited for a ROM to load: no thread's fault
+            for agent in self.agents:
+                agent.alive_at += now - before
+        slowest = min(self.agents, key=lambda agent: agent.alive_at)
+        if now - slowest.alive_at > limit:
             name = f"group {slowest.index}"
             if self.saving and now - self.saving[1] > limit / 2:  # the others wait for it
                 name = f"{self.saving[0]}, which is saving,"
@@ -146,13 +143,11 @@ class Groups:
         try:
             self.coordinator.join(self.threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
         finally:
+            self.report.close()
+            if not self.progress.lock.acquire(timeout=SAVE_GRACE):
+                raise TimeoutError("a thread keeps the network locked; the checkpoint before this stays")
             try:
-                if not self.progress.lock.acquire(timeout=SAVE_GRACE):
-                    raise TimeoutError("a thread keeps the network locked; the checkpoint before this stays")
-                try:
-                    self.saver.save()
-                finally:
-                    self.progress.lock.release()
+                self.saver.save()
             finally:
-                self.report.close()
+                self.progress.lock.release()
             print("saved " + os.path.join(self.config.log_dir, LAST))

@@ -18,13 +18,12 @@ from typing import Annotated, NamedTuple
 
 for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
-        setattr(sys, _name, open(os.devnull, "r" if _name == "stdin" else "w"))  # noqa: SIM115
+        setattr(sys, _name, open(os.devnull, "r+"))  # noqa: SIM115
 
 _requirements = Path(__file__).with_name("requirements.txt").read_text()
 REQUIRED = dict(re.findall(r"(?m)^([\w-]+)>=([\d.]+)", _requirements))  # package -> the oldest version that works
-# Ctrl-C; kill; a closed window; time is over, or soon (batch systems); Ctrl-\\. Windows has the first two.
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGQUIT")
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+# Ctrl-C; kill; a closed window; time is over, or soon (batch systems); Ctrl-\\.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGQUIT)
 
 
 class UserError(ValueError):
@@ -40,33 +39,23 @@ def refusing(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason(error)}") from error
 
 
+def reason(error: Exception) -> str:
+    """Return in one line why the system or TensorFlow refused something."""
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    return re.sub(r"^\{\{.*?\}\} *", "", (text or type(error).__name__).splitlines()[0])  # {{node of its graph}}
+
+
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
     """Exit with one line that names the first package that is missing or too old."""
     for package, oldest in required.items():
         try:
             found = importlib.metadata.version(package)
+            state = f"{found} is too old"
         except importlib.metadata.PackageNotFoundError:
-            found = None
-        if found is None or _major_minor(found) < _major_minor(oldest):
-            state = "is not installed" if found is None else f"{found} is too old"
+            found, state = "", "is not installed"
+        found, needed = ([int(n) for n in re.findall(r"\d+", text)[:2]] for text in (found, oldest))  # of 2.21.0rc1
+        if found < needed:
             sys.exit(f"{package} {state}: {package}>={oldest} is needed. Run: pip install -r requirements.txt")
-
-
-def _major_minor(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:2]]  # of 2.21.0, 2.21rc1, 3
-
-
-@contextlib.contextmanager
-def _quiet_stderr():
-    """Drop what C++ writes to stderr inside the block; exceptions come through."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 check_packages()
@@ -83,8 +72,16 @@ def __getattr__(name: str):
         tempfile.gettempdir()
     except FileNotFoundError:
         sys.exit("TensorFlow needs a folder for temporary files: set TMPDIR to one that can be written")
-    with _quiet_stderr():  # the import prints a dozen lines before any log level applies
-        import tensorflow as tf
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        import tensorflow as tf  # prints a dozen lines before any log level applies
+
+        tf.config.list_physical_devices("GPU")  # prints an error, once, where there is no driver
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
     tf.get_logger().setLevel("ERROR")  # it takes a trace for each thread's copy of the network for a mistake
     return tf
 
@@ -147,36 +144,36 @@ def parse_flags(default, flags: Sequence[str], about: str):
 
 def available_cores() -> int:
     """Return how many cores this process may use, by its CPU mask and the quotas of Linux' control groups around it."""
-    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)  # of version 1 or 2
-        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", group.strip("/"))
-        if controllers in ("", "cpu") or controllers.startswith("cpu,"):
+        version_1 = "cpu" in controllers.split(",")
+        if version_1 or not controllers:
+            folder = Path("/sys/fs/cgroup", "cpu" if version_1 else "", group.strip("/"))
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
             for place in (folder, *folder.parents):  # inside a container the folder itself may not be there
                 with contextlib.suppress(OSError, ValueError):  # no file, or "max"
                     quota, period = map(int, " ".join((place / name).read_text() for name in names).split())
-                    cores.append(math.ceil(quota / period) if quota > 0 else cores[0])  # without a limit it is -1
-    return min(cores)
+                    cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores  # -1 is no limit
+    return cores
 
 
 def choose_device(device: str, num_groups: int = 1) -> str:
-    """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device name; set TensorFlow up for it and for the groups.
+    """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device; set TensorFlow up for it and for the groups.
 
-    It sees no other GPU then; where it is at work already, it stays as it is. Raises UserError for a wrong device.
+    TensorFlow sees no other GPU then. Already at work, it stays as it is. Raises UserError: there is no such device.
     """
-    kind, _, number = device.lower().partition(":")
-    if kind not in ("auto", "cpu", "gpu") or (number and (kind != "gpu" or not number.isdecimal())):
+    if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", device.lower()):
         raise UserError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
-    with _quiet_stderr():  # without a driver it prints an error on its way to "no GPU"
-        gpus = tf.config.list_physical_devices("GPU")
-    if kind == "gpu" and len(gpus) <= int(number or 0):
+    kind, _, number = device.lower().partition(":")
+    gpus = tf.config.list_physical_devices("GPU")
+    wanted = [] if kind == "cpu" else gpus[int(number or 0) :][:1]
+    if kind == "gpu" and not wanted:
         raise UserError(
             f"device = {device!r}: TensorFlow sees {len(gpus)} GPUs here. Use --device cpu, or --device auto to take "
             "a GPU only if there is one; on Linux with an NVIDIA driver, pip install 'tensorflow[and-cuda]'"
         )
-    wanted = [] if kind == "cpu" else gpus[int(number or 0) :][:1]
     try:
         tf.config.set_visible_devices(wanted, "GPU")  # TensorFlow takes memory on every GPU that it sees
         for gpu in wanted:
@@ -193,55 +190,57 @@ def choose_device(device: str, num_groups: int = 1) -> str:
     return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
 
 
-class Background:
-    """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
+def choose_dtype(compute_dtype: str, device: str) -> str:
+    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    cpu = Path("/proc/cpuinfo")
+    fast = "CPU" in device and cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
+    return "bfloat16" if fast else "float32"
 
-    It is a text stream that stands for `stream`; or else `take` is called with each item. It keeps the first `failure`.
-    """
 
-    def __init__(self, stream=None, take: Callable | None = None):
-        self.take = take or (lambda text: print(text, end="", file=stream, flush=True))
-        self.stream, self.items, self.failure = stream, queue.SimpleQueue(), None
+class BackgroundStream:
+    """Stands for a text stream and writes to it in a thread of its own: `write` never fails and never waits."""
+
+    def __init__(self, stream):
+        self.stream, self.texts = stream, queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)  # isatty, encoding, fileno
+    def _work(self) -> None:
+        for text in iter(self.texts.get, None):
+            with contextlib.suppress(Exception):
+                print(text, end="", file=self.stream, flush=True)
 
-    def write(self, item) -> None:
-        """Let the thread take `item`, unless so many wait that it takes none."""
-        if self.items.qsize() < 10_000:
-            self.items.put(item)
+    def write(self, text: str) -> None:
+        """Let the thread write `text`, unless so many wait already that it is dropped."""
+        if self.texts.qsize() < 10_000:
+            self.texts.put(text)
 
     def flush(self) -> None:
         """Do nothing: the thread flushes each text."""
 
-    def close(self, seconds: float = 1.0) -> None:
-        """Let the thread take what is left, for so long at most."""
-        self.items.put(None)
-        self.thread.join(seconds)
+    def close(self) -> None:
+        """Let the thread write what is left, for a second at most."""
+        self.texts.put(None)
+        self.thread.join(1.0)
 
-    def _work(self) -> None:
-        for item in iter(self.items.get, None):
-            try:
-                self.take(item)
-            except Exception as error:
-                self.failure = self.failure or error
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)  # isatty, encoding, fileno
 
 
 @contextlib.contextmanager
 def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
-    """Let nothing from outside end or hold up the block; stdout, stderr and the handlers of signals are given back.
+    """Let nothing from outside end or hold up the block: neither output that breaks or is not read, nor a signal.
 
-    It may print whatever becomes of stdout and stderr: no reader, one that sleeps, a full disk. `handle` is called with
-    the number of each signal that asks it to end, unless it was ignored before, as by `nohup`. Outside the main thread
-    Python handles none.
+    `handle` is called with the number of each signal that asks to end, unless that was ignored before, as by `nohup`.
+    Stdout, stderr and the handlers are given back. Outside the main thread Python handles no signals.
     """
-    before, one_place = {}, False
+    one_place, before = False, {}
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
         one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    out = Background(sys.stdout)
-    errors = out if one_place else Background(sys.stderr)  # one keeps the order
+    out = BackgroundStream(sys.stdout)
+    errors = out if one_place else BackgroundStream(sys.stderr)  # one keeps the order
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python
@@ -254,22 +253,6 @@ def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
         errors.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def choose_dtype(compute_dtype: str, device: str) -> str:
-    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
-    if compute_dtype != "auto":
-        return compute_dtype
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-        if "CPU" in device and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpuinfo.read()):
-            return "bfloat16"
-    return "float32"
-
-
-def reason(error: Exception) -> str:
-    """Return in one line why the system or TensorFlow refused something."""
-    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    return re.sub(r"^\{\{.*?\}\} *", "", (text or type(error).__name__).splitlines()[0])  # {{node of its graph}}
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,11 @@
 import startup  # isort: skip  # first: it sets TensorFlow up
 
 import collections
+import contextlib
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +17,15 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a3c
 import checkpoint
 import groups
 from a3c import Config
+from async_agent import Progress
+from network import SharedNetwork
+from startup import tf
 
 startup.choose_device("cpu", num_groups=2)  # it cannot be set later
 
@@ -157,7 +164,7 @@ def checkpoints(folder):
 
 def last_iteration(folder):
     """Return after how many updates `last.ckpt` was saved; every tensor of it is read."""
-    return checkpoint.saved_iteration(checkpoint.read(str(Path(folder) / "last.ckpt")))
+    return checkpoint.read(str(Path(folder) / "last.ckpt"))[1]
 
 
 def newest(folder):
@@ -213,3 +220,95 @@ def use_games(monkeypatch, *envs):
     """Let the groups play `envs`."""
     waiting = list(envs)
     monkeypatch.setattr(groups, "make_training_envs", lambda *_: waiting.pop(0))
+
+
+# Runs that save without games, the files of a run, and disks that nobody else sees.
+
+
+class Resumable:
+    """A network, its progress and the saver of both. No two of different seeds have equal weights."""
+
+    def __init__(self, folder, seed=1, num_actions=4, filters=32, background=0):
+        self.shared = SharedNetwork(num_actions, 0.99, seed, filters=filters, background=background)
+        self.progress = Progress(2, 3)
+        self.saver = checkpoint.Saver(str(folder), self.shared, self.progress)
+        self.warnings = []
+
+    def save(self, iteration):
+        """Change weights, RMSProp's slots and progress as training would, and save them."""
+        self.update(iteration)
+        return self.saver.save()
+
+    def update(self, iteration):
+        gradients = [tf.fill(v.shape, 0.3) for v in self.shared.trainable_variables]
+        self.shared.apply_gradients(gradients, np.float32(1e-3))
+        self.progress.iteration, self.progress.agent_steps = iteration, iteration * 10
+
+    def resume(self):
+        return self.saver.resume(warn=self.warnings.append)
+
+    def state(self):
+        return [v.numpy() for v in (*self.shared.trainable_variables, *self.shared.mean_squares)]
+
+
+def resumed(folder):
+    """Return the progress of the newest save, which must be complete."""
+    state = Resumable(folder)
+    assert state.resume() == checkpoint.numbered(str(folder))[0]
+    assert state.warnings == []
+    return state.progress
+
+
+def refusal(ended, program="a3c.py"):
+    """Return what a program says at its end where it refuses something; `ended`: status, what it printed, errors."""
+    status, _, errors = ended
+    assert status == 1
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert line.startswith(f"{program}: error: ")
+    return line.removeprefix(f"{program}: error: ")
+
+
+def ended(words, seconds=120, **options):
+    """Run a command to its end in the project's folder: status, what it printed, its errors."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": False, "timeout": seconds, **options}
+    process = subprocess.run(words, **options)
+    return process.returncode, process.stdout, process.stderr
+
+
+def equal(one, other):
+    return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def config_of(folder):
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    """Return a folder with a copy of the finished run `trained`."""
+    return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def own_mounts():
+    """Return the words before a command that may mount disks nobody else sees; skip where the system forbids it."""
+    words = ["unshare", "--map-root-user", "--mount"]
+    with contextlib.suppress(FileNotFoundError):
+        trial = [*words, "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+        if subprocess.run(trial, capture_output=True, check=False).returncode == 0:
+            return words
+    pytest.skip("this system does not let a user mount a disk of their own")
+
+
+# What a run reports.
+
+
+def has_rows(folder, number=2):
+    """Return whether `progress.csv` has so many rows."""
+    return (Path(folder) / "progress.csv").exists() and len(rows(folder)) >= number
+
+
+def tensorboard(folder):
+    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step, value and wall_time."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}

@@ -1,102 +1,56 @@
-"""Saving, resuming, and what a crash, a full disk or a wrong file may not break."""
+"""Saving and resuming, and what damage, a full disk or a wrong file may not break."""
 
-import os
+import errno
+import functools
+import re
+import resource
 import shutil
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, Resumable, equal
 
 import checkpoint
-import groups
 from async_agent import Progress
-from checkpoint import CheckpointError, Saver
-from network import SharedNetwork
+from checkpoint import DATA, INDEX
 from startup import UserError, tf
 
-DATA, INDEX = ".data-00000-of-00001", ".index"
-
-
-class Run:
-    """A network, its progress and the saver of both; no two runs of different seeds have equal weights."""
-
-    def __init__(self, folder, seed=1, num_actions=4, keep=3, filters=32, background=0):
-        self.shared = SharedNetwork(num_actions, 0.99, seed, filters=filters, background=background)
-        self.progress = Progress(2, 3)
-        self.saver = Saver(str(folder), self.shared, self.progress, keep)
-        self.warnings = []
-
-    def update(self, iteration):
-        """Change weights, RMSProp's slots and progress as training would."""
-        gradients = [tf.fill(v.shape, 0.3) for v in self.shared.trainable_variables]
-        self.shared.apply_gradients(gradients, np.float32(1e-3))
-        self.progress.iteration = iteration
-        self.progress.agent_steps = iteration * 10
-
-    def resume(self):
-        return self.saver.resume(warn=self.warnings.append)
-
-    def state(self):
-        return [v.numpy() for v in (*self.shared.trainable_variables, *self.shared.mean_squares)]
-
-
-def equal(one, other):
-    return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+small = functools.partial(Resumable, filters=1)
 
 
 @pytest.fixture
 def saved(tmp_path):
     """Return a run that saved after updates 10, 20 and 30, and its state at each."""
-    run, states = Run(tmp_path), {}
+    run, states = small(tmp_path), {}
     for iteration in (10, 20, 30):
-        run.update(iteration)
-        run.saver.save()
+        run.save(iteration)
         states[iteration] = run.state()
     return run, states
 
 
-# Round trip.
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_resume_restores_weights_rmsprop_and_progress(tmp_path):
-    run = Run(tmp_path)
-    run.update(20)
-    run.progress.episodes = 7
-    run.progress.scores[1] = [5, 6.5, np.nan]
-    path = run.saver.save()
+def test_resumed_run_has_all_that_was_saved_and_goes_on_as_if_it_had_not_stopped(tmp_path):
+    run, other = Resumable(tmp_path), Resumable(tmp_path, seed=2)
+    assert other.resume() is None
+    run.progress.episodes, run.progress.seconds, run.progress.scores[1] = 7, 1000.0, [5, 6.5, np.nan]
+    path = run.save(20)
     assert path == str(tmp_path / "model.ckpt-20")
-
-    other = Run(tmp_path, seed=2)
     assert not equal(other.state(), run.state())
+    other.progress.started -= 500  # seconds of this process before it resumed
     assert other.resume() == path
     assert equal(other.state(), run.state())
     progress = other.progress
     assert (progress.iteration, progress.agent_steps, progress.episodes) == (20, 200, 7)
+    assert 1000 <= progress.total_seconds() < 1100
     assert sorted(progress.recent_scores()) == [5, 6.5]
     assert other.warnings == []
-
-
-def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(saved, tmp_path):
-    run, _ = saved
-    other = Run(tmp_path, seed=2)
-    other.resume()
     for each in (run, other):
         each.update(40)
     assert equal(other.state(), run.state())
-
-
-def test_resume_counts_the_seconds_of_earlier_runs(tmp_path):
-    run = Run(tmp_path)
-    run.progress.seconds = 1000.0
-    run.saver.save()
-    other = Run(tmp_path)
-    other.progress.started -= 500  # of this process, before it resumed
-    other.resume()
-    assert 1000 <= other.progress.total_seconds() < 1100
 
 
 @pytest.mark.parametrize("num_groups, num_envs", [(1, 2), (4, 8)])
@@ -107,323 +61,232 @@ def test_scores_are_taken_over_by_another_number_of_environments(num_groups, num
     np.testing.assert_array_equal(new.recent_scores(), [1, 2, 3, 4][: num_groups * num_envs])
 
 
-def test_resume_of_an_empty_folder_starts_afresh(tmp_path):
-    run = Run(tmp_path)
-    before = run.state()
-    assert run.resume() is None
-    assert equal(run.state(), before)
-
-
-def test_newest_three_checkpoints_are_kept(tmp_path):
-    run = Run(tmp_path)
+def test_newest_three_checkpoints_are_kept_and_a_copy_of_the_newest(tmp_path):
+    run = small(tmp_path)
     for iteration in (5, 10, 20, 100, 90_000):
-        run.update(iteration)
-        run.saver.save()
-    assert [os.path.basename(p) for p in checkpoint.numbered(str(tmp_path))] == [
-        "model.ckpt-90000",
-        "model.ckpt-100",
-        "model.ckpt-20",
-    ]
-    assert len(list(tmp_path.glob("model.ckpt-*"))) == 3 * 2  # data and index of each
+        run.save(iteration)
+    kept, found = [f"model.ckpt-{number}" for number in (90_000, 100, 20)], files(tmp_path)
+    assert checkpoint.numbered(str(tmp_path)) == [str(tmp_path / name) for name in kept]
+    assert found.keys() == {name + suffix for name in ("last.ckpt", *kept) for suffix in (DATA, INDEX)}
+    assert all(found["last.ckpt" + suffix] == found["model.ckpt-90000" + suffix] for suffix in (DATA, INDEX))
 
 
-def test_last_checkpoint_is_a_copy_of_the_newest(saved, tmp_path):
-    run, _ = saved
-    run.update(31)
-    run.saver.save()
-    for suffix in (DATA, INDEX):
-        assert (tmp_path / ("last.ckpt" + suffix)).read_bytes() == (tmp_path / ("model.ckpt-31" + suffix)).read_bytes()
-    other = Run(tmp_path, seed=2)
-    other.resume()
-    assert equal(other.state(), run.state())
-    network, iteration = checkpoint.load_network(str(tmp_path / "last.ckpt"), 4)
-    assert iteration == 31
-    assert equal([v.numpy() for v in network.trainable_variables], run.state()[:10])
+@pytest.mark.parametrize("filters, background", [(8, 0), (32, 0), (40, 0), (8, 87)])
+def test_network_is_loaded_as_it_was_saved(tmp_path, filters, background):
+    run = Resumable(tmp_path, filters=filters, background=background)
+    network, iteration = checkpoint.load_network(run.save(7), 4)
+    assert iteration == 7
+    history = tf.constant(np.random.default_rng(0).integers(0, 2**32, [2, 84, 84], np.uint32))
+    for mine, theirs in zip(network(history), run.shared(history), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
-def test_resume_takes_the_newest_even_where_last_is_older(saved, tmp_path):
-    run, _ = saved
-    run.update(40)
-    newest = run.saver.save()
-    for suffix in (DATA, INDEX):  # as it was before `last.ckpt` went along with every save
-        (tmp_path / f"last.ckpt{suffix}").unlink()
-        shutil.copy(tmp_path / f"model.ckpt-30{suffix}", tmp_path / f"last.ckpt{suffix}")
-    other = Run(tmp_path, seed=2)
-    assert other.resume() == newest
-    assert equal(other.state(), run.state())
+@pytest.mark.parametrize("agent, num_actions, background", [("breakout-v0", 4, 0), ("pong-v0", 6, 87)])
+def test_shipped_agent_is_played_and_resumed(tmp_path, agent, num_actions, background):
+    path = checkpoint.resolve(shutil.copytree(ROOT / "models" / agent, str(tmp_path / agent)))
+    other = Resumable(tmp_path / agent, num_actions=num_actions, filters=16, background=background)
+    assert other.resume() == path
+    network, iteration = checkpoint.load_network(path, num_actions)
+    assert other.progress.iteration == iteration > 10_000
+    assert equal(other.state()[:10], network.trainable_variables)
 
 
-# Damage.
+@pytest.mark.row(n=27)
+def test_newest_checkpoint_of_a_folder_is_played_and_resumed_not_an_older_last(saved, tmp_path):
+    for suffix in (INDEX, DATA):
+        shutil.copy(tmp_path / f"model.ckpt-20{suffix}", tmp_path / f"last.ckpt{suffix}")
+    assert checkpoint.load_network(checkpoint.resolve(str(tmp_path)), 4)[1] == 30
+    assert small(tmp_path).resume() == str(tmp_path / "model.ckpt-30")
+    for left in (["model.ckpt-20", "last.ckpt"], ["last.ckpt", "model.ckpt-10"]):
+        newest = checkpoint.numbered(str(tmp_path))[0]
+        for suffix in (INDEX, DATA):
+            (tmp_path / (newest + suffix)).unlink()
+        assert checkpoint.all_checkpoints(str(tmp_path))[:2] == [str(tmp_path / name) for name in left]
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+@pytest.mark.row(n=27)
+def test_folder_of_a_run_that_saves_all_the_time_can_be_watched_at_any_moment(tmp_path):
+    run, over = Resumable(tmp_path, filters=4), threading.Event()
+    run.save(1)
+
+    def save():
+        while not over.wait(0.05):
+            run.save(run.progress.iteration + 1)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        seen = [checkpoint.load_network(checkpoint.resolve(str(tmp_path)), 4)[1] for _ in range(30)]
+    finally:
+        over.set()
+        thread.join()
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0]
 
 
-def flip_a_bit(path):
+POINTS = range(20)
+DAMAGES = [f"{how} {point}" for how in ("truncated", "flipped") for point in POINTS] + ["emptied", "removed"]
+
+
+def damage(path, how):
+    """Damage a file: cut off or with one bit flipped at one of 20 points from its first byte to its last, or worse."""
+    kind, _, point = how.partition(" ")
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def empty(path):
-    path.write_bytes(b"")
+    position = int(point or 0) * (len(content) - 1) // POINTS[-1]
+    if kind == "flipped":
+        content[position] ^= 1 << position % 8
+    path.write_bytes(content if kind == "flipped" else content[: position if kind == "truncated" else 0])
+    if kind == "removed":
+        path.unlink()
 
 
 @pytest.mark.row(n=8)
-def test_index_without_its_data_is_named_and_passed_over(saved, tmp_path):
-    for name, resumed in (("model.ckpt-30", "last.ckpt"), ("last.ckpt", "model.ckpt-20")):
-        (tmp_path / (name + DATA)).unlink()
-        other = Run(tmp_path, seed=2)
-        assert other.resume() == str(tmp_path / resumed)
-        assert "model.ckpt-30" in "".join(other.warnings)
+@pytest.mark.row(n=11)
+@pytest.mark.parametrize("suffix", [INDEX, DATA])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_any_damage_is_named_and_the_checkpoint_before_resumed_and_nothing_watched(saved, tmp_path, suffix, how):
+    other = small(tmp_path, seed=2)
+    for name, fallback in (("model.ckpt-30", "last.ckpt"), ("last.ckpt", "model.ckpt-20")):
+        damage(tmp_path / (name + suffix), how)
+        resumed = other.resume()
+        if other.warnings:
+            assert str(tmp_path / "model.ckpt-30") in other.warnings[0]
+            with pytest.raises(UserError, match=name):
+                checkpoint.load_network(checkpoint.resolve(str(tmp_path / name)), 4)
+        else:  # a bit that means nothing: the index ends with some
+            assert how.startswith("flipped") and suffix == INDEX
+            fallback = "model.ckpt-30"
+        assert resumed == str(tmp_path / fallback)
+        assert other.progress.iteration == (20 if fallback == "model.ckpt-20" else 30)
+        assert equal(other.state(), saved[1][other.progress.iteration])
 
 
 @pytest.mark.row(n=8)
 def test_resume_refuses_where_every_checkpoint_is_damaged(saved, tmp_path):
     for path in tmp_path.glob("*.index"):
-        empty(path)
-    other = Run(tmp_path, seed=2)
-    before = other.state()
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
+        damage(path, "emptied")
+    other = small(tmp_path, seed=2)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         other.resume()
-    assert equal(other.state(), before)
     assert len(other.warnings) == 4
 
 
-@pytest.mark.row(n=5)
-def test_half_written_files_are_removed_and_complete_ones_stay(saved, tmp_path):
-    complete = sorted(path.name for path in tmp_path.iterdir())
-    (tmp_path / ".unfinished/model_temp").mkdir(parents=True)  # where TensorFlow writes first
-    for name in ("model_temp/part-0", "model" + DATA, "model" + INDEX, "../model.ckpt-40" + DATA):
-        (tmp_path / ".unfinished" / name).write_bytes(b"half")
-    other = Run(tmp_path, seed=2)
-    assert other.resume() == str(tmp_path / "model.ckpt-30")
-    assert sorted(path.name for path in tmp_path.iterdir()) == complete
+@pytest.mark.row(n=8)
+@pytest.mark.parametrize("how", ["truncated 10", "flipped 10"])
+def test_save_that_cannot_be_read_back_raises_and_leaves_the_earlier_checkpoints(saved, tmp_path, monkeypatch, how):
+    write, before = tf.train.Checkpoint.write, files(tmp_path)
+
+    def write_badly(self, path):
+        write(self, path)
+        damage(tmp_path / (path + DATA), how)
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", write_badly)
+    with pytest.raises(UserError, match="is damaged"):
+        saved[0].save(40)
+    assert files(tmp_path) == before
 
 
 @pytest.mark.row(n=5)
-def test_half_written_files_of_a_killed_save_do_not_keep_it_from_saving_again(saved, tmp_path):
-    (tmp_path / ".unfinished").mkdir()
-    (tmp_path / (".unfinished/model" + DATA)).write_bytes(b"half")
-    (tmp_path / ("model.ckpt-40" + DATA)).write_bytes(b"half")
-    run, _ = saved
-    run.update(40)
-    run.saver.save()
-    other = Run(tmp_path, seed=2)
-    other.resume()
-    assert equal(other.state(), run.state())
+def test_half_written_files_are_removed_by_a_resume_and_do_not_keep_the_next_save_from_saving(saved, tmp_path):
+    (run, _), complete = saved, files(tmp_path)
+
+    def leave_half_written():
+        (tmp_path / ".unfinished/model_temp").mkdir(parents=True)  # where TensorFlow writes first
+        for name in ("model_temp/part-0", "model" + DATA, "model" + INDEX, "../model.ckpt-40" + DATA):
+            (tmp_path / ".unfinished" / name).write_bytes(b"half")
+
+    leave_half_written()
+    assert run.resume() == str(tmp_path / "model.ckpt-30")
+    assert files(tmp_path) == complete
+    (text,) = run.warnings
+    assert "model.ckpt-40" in text
+    leave_half_written()
+    run.save(40)
+    assert small(tmp_path).resume() == str(tmp_path / "model.ckpt-40")
+    assert len(files(tmp_path)) == len(complete)
 
 
-# What may not be loaded or saved.
+@pytest.mark.row(n=13)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_never_saved(saved, tmp_path, value):
+    (run, _), before = saved, files(tmp_path)
+    run.shared.biases["policy"].assign(tf.fill([4], value))
+    run.progress.iteration = 40
+    with pytest.raises(FloatingPointError, match="iteration 40: not finite: policy_bias"):
+        run.saver.save()
+    assert files(tmp_path) == before
+
+
+@pytest.mark.row(n=6)
+def test_full_disk_raises_and_leaves_the_earlier_checkpoints(saved, tmp_path):
+    """A real limit on the size of files: beyond it a write fails as on a full disk."""
+    before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"^cannot save {tmp_path}/model.ckpt-40, earlier saves are intact: "):
+            saved[0].save(40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.row(n=6)
+def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tmp_path, monkeypatch):
+    def fill_up(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", fill_up)
+    with pytest.raises(UserError, match=f"^cannot save {tmp_path}/model.ckpt-40, earlier saves are intact: .*No space"):
+        saved[0].save(40)
+    assert [checkpoint.read(str(tmp_path / name))[1] for name in ("last.ckpt", "model.ckpt-40")] == [30, 40]
+    assert not (tmp_path / ".unfinished").exists()
 
 
 @pytest.mark.row(n=10)
-def test_checkpoint_of_another_number_of_actions_is_refused_with_both_numbers(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="4 actions; this one has 6"):
-        checkpoint.load_network(str(tmp_path / "model.ckpt-30"), 6)
-
-    other = Run(tmp_path, seed=2, num_actions=6)
+@pytest.mark.row(n=11)
+@pytest.mark.row(n=20)
+@pytest.mark.parametrize(
+    "saved, now, said",
+    [
+        ({}, {"num_actions": 6}, "of a game with 4 actions; this one has 6"),
+        ({"num_actions": 18}, {}, "of a game with 18 actions; this one has 4"),
+        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Was it trained with another --preset"),
+        ({"background": 0}, {"background": 87}, "of another network: biases/input .*--subtract_background"),
+        ({"background": 87}, {"background": 0}, "of another network: biases/input .*--subtract_background"),
+    ],
+)
+def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, said):
+    path = Resumable(tmp_path, **{"filters": 4, **saved}).save(30)
+    other = Resumable(tmp_path, seed=2, filters=4, **now)
     before = other.state()
-    with pytest.raises(CheckpointError, match="4 actions; this one has 6"):
+    with pytest.raises(UserError, match=f"^{re.escape(path)} is {said}"):
         other.resume()
     assert equal(other.state(), before)
-
-
-@pytest.mark.row(n=20)
-def test_checkpoint_of_another_layer_size_is_refused_and_named(saved, tmp_path):
-    other = Run(tmp_path, seed=2)
-    other.shared.weights["hidden"] = tf.Variable(tf.zeros([11 * 11 * 64, 128]))
-    conv1 = other.shared.weights["conv1"].numpy()
-    with pytest.raises(CheckpointError, match="weights/hidden has shape"):
-        other.resume()
-    np.testing.assert_array_equal(other.shared.weights["conv1"], conv1)
-
-
-@pytest.mark.parametrize("filters", [8, 32, 40])
-def test_network_is_loaded_with_as_many_filters_as_it_was_saved_with(tmp_path, filters):
-    run = Run(tmp_path, filters=filters)
-    path = run.saver.save()
-    network, _ = checkpoint.load_network(path, 4)
-    assert equal([v.numpy() for v in network.trainable_variables], run.state()[:10])
-
-
-def test_network_is_loaded_with_the_background_that_it_was_saved_with(tmp_path):
-    path = Run(tmp_path, background=87).saver.save()
-    network, _ = checkpoint.load_network(path, 4)
-    assert (network.background, float(network.biases["input"])) == (87, -87.0)
-    resumed = Run(tmp_path, seed=2, background=87)
-    assert resumed.resume() == path
-
-
-@pytest.mark.row(n=11)
-@pytest.mark.parametrize("saved, now", [(0, 87), (87, 0)])
-def test_checkpoint_with_another_treatment_of_the_background_is_refused(tmp_path, saved, now):
-    Run(tmp_path, background=saved).saver.save()
-    with pytest.raises(CheckpointError, match=r"not of this network: biases/input .*--subtract_background"):
-        Run(tmp_path, background=now).resume()
+    if "actions" in said:
+        with pytest.raises(UserError, match=said):
+            checkpoint.load_network(path, other.shared.num_actions)
 
 
 @pytest.mark.row(n=11)
 def test_unrelated_checkpoint_is_refused(tmp_path):
     path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "model.ckpt-50"))
-    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
         checkpoint.load_network(path, 4)
-    with pytest.raises(CheckpointError):
-        Run(tmp_path).resume()
-
-
-@pytest.mark.row(n=13)
-def test_network_that_is_not_finite_is_not_saved(saved, tmp_path):
-    run, _ = saved
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run.progress.iteration = 40
-    for value in (np.nan, np.inf):
-        run.shared.biases["value"].assign([value])
-        with pytest.raises(FloatingPointError, match="iteration 40"):
-            run.saver.save()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.row(n=8)
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_save_that_cannot_be_read_back_raises_and_leaves_the_earlier_checkpoints(saved, tmp_path, monkeypatch, damage):
-    write = tf.train.Checkpoint.write
-
-    def write_badly(self, path):
-        written = write(self, path)
-        damage(Path(written + DATA))
-        return written
-
-    monkeypatch.setattr(tf.train.Checkpoint, "write", write_badly)
-    run, states = saved
-    run.update(40)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        run.saver.save()
-    other = Run(tmp_path, seed=2)
-    assert other.resume() == str(tmp_path / "model.ckpt-30")
-    assert equal(other.state(), states[30])
-
-
-FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, "tests")
-from startup import UserError
-from test_checkpoint import Run
-folder = sys.argv[1]
-run = Run(folder)
-run.update(10)
-run.saver.save()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-run.update(20)
-try:
-    run.saver.save()
-except UserError as error:
-    print("UserError:", error)
-"""
-
-
-@pytest.mark.row(n=6)
-def test_full_disk_raises_and_leaves_the_earlier_checkpoint(tmp_path):
-    """A real limit on the size of files, in a process of its own."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"UserError: cannot save {tmp_path / 'model.ckpt-20'}, earlier saves are intact: ")
-    other, expected = Run(tmp_path, seed=2), Run(tmp_path)
-    expected.update(10)
-    assert other.resume() == str(tmp_path / "model.ckpt-10")
-    assert equal(other.state(), expected.state())
-    kept = [name + suffix for name in ("last.ckpt", "model.ckpt-10") for suffix in (DATA, INDEX)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
-
-
-@pytest.mark.row(n=6)
-def test_folder_that_cannot_be_written_is_named(saved, tmp_path):
-    run, _ = saved
-    run.saver.folder = str(tmp_path / "file" / "folder")
-    (tmp_path / "file").write_text("in the way")
-    run.update(40)
-    with pytest.raises(UserError, match=r"cannot save .*file/folder"):
-        run.saver.save()
-
-
-# Names.
+    with pytest.raises(UserError, match="is complete"):
+        small(tmp_path).resume()
 
 
 @pytest.mark.row(n=9)
-def test_resolve_finds_the_checkpoint_behind_a_folder_an_index_and_a_data_file(saved, tmp_path):
-    folder, path = str(tmp_path), str(tmp_path / "model.ckpt-20")
+def test_folder_index_and_data_file_are_resolved_and_a_missing_checkpoint_lists_what_is_there(saved, tmp_path):
+    path = str(tmp_path / "model.ckpt-20")
     assert [checkpoint.resolve(path + suffix) for suffix in ("", INDEX, DATA)] == [path] * 3
-    assert checkpoint.resolve(folder) == str(tmp_path / "model.ckpt-30")
-
-
-@pytest.mark.row(n=9)
-def test_resolve_of_a_missing_checkpoint_lists_what_is_there(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*best\.ckpt.*model\.ckpt-30, .*model\.ckpt-20, "):
+    assert checkpoint.resolve(str(tmp_path)) == str(tmp_path / "model.ckpt-30")
+    with pytest.raises(UserError, match=r"no checkpoint .*best\.ckpt.*model\.ckpt-30, .*last\.ckpt, .*model\.ckpt-20"):
         checkpoint.resolve(str(tmp_path / "best.ckpt"))
-
-
-@pytest.mark.row(n=9)
-def test_resolve_in_a_folder_without_checkpoints_says_so(tmp_path):
-    for path in (tmp_path, tmp_path / "last.ckpt", tmp_path / "nowhere" / "last.ckpt"):
-        with pytest.raises(CheckpointError, match="no checkpoint there"):
-            checkpoint.resolve(str(path))
-
-
-KILLED = """
-import sys
-sys.path.insert(0, "tests")
-from test_checkpoint import Run
-run = Run(sys.argv[1], keep=2)
-run.resume()
-print("ready", flush=True)
-while True:
-    run.update(run.progress.iteration + 1)
-    run.saver.save()
-"""
-
-
-@pytest.mark.row(n=4)
-@pytest.mark.slow
-def test_process_that_is_killed_while_it_saves_always_leaves_a_complete_checkpoint(tmp_path):
-    rng = np.random.default_rng()
-    reached = 0
-    for _ in range(10):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], text=True, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5 + rng.random())
-        process.kill()
-        process.communicate(timeout=10)
-        run = Run(tmp_path, keep=2)
-        assert run.resume()
-        assert run.progress.iteration > reached
-        reached = run.progress.iteration
-        assert all("has no .index file" in text for text in run.warnings)
-
-
-# The folder of a run.
-
-
-@pytest.mark.row(n=19)
-def test_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
-    folder = str(tmp_path / "new" / "folder")
-    with (
-        groups.run_folder(folder),
-        pytest.raises(UserError, match="another run is using it"),
-        groups.run_folder(folder),
-    ):
-        pass
-    with groups.run_folder(folder):
-        assert os.path.isdir(folder)
-
-
-@pytest.mark.row(n=7)
-def test_run_folder_that_is_a_file_raises(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"), groups.run_folder(str(tmp_path / "file")):
-        pass
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "empty/last.ckpt", "nowhere/last.ckpt"):
+        with pytest.raises(UserError, match="no checkpoint there"):
+            checkpoint.resolve(str(tmp_path / missing))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"seed": 1}', None])
@@ -431,14 +294,5 @@ def test_config_that_is_missing_or_damaged_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         checkpoint.read_config(str(path))
-
-
-def test_saving_does_not_need_the_main_thread(saved, tmp_path):
-    run, _ = saved
-    run.update(50)
-    thread = threading.Thread(target=run.saver.save)
-    thread.start()
-    thread.join(timeout=60)
-    assert checkpoint.resolve(str(tmp_path)) == str(tmp_path / "model.ckpt-50")

@@ -1,47 +1,39 @@
-"""What every command checks first: packages and device."""
+"""What every command does first: packages, cores, the device and what it computes in."""
 
-import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import startup
+from startup import UserError, tf
 
 
-def test_installed_packages_are_enough():
+def run_python(code, **options):
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True, **options)
+    return done.stdout
+
+
+def test_every_line_of_requirements_txt_is_checked_and_those_installed_are_enough():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [f"{package}>={oldest}" for package, oldest in startup.REQUIRED.items()] == [n.split()[0] for n in lines]
     startup.check_packages()
 
 
-def test_bounds_are_those_of_requirements_txt():
-    with open("requirements.txt") as file:
-        bounds = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", file.read(), re.MULTILINE))
-    assert bounds == startup.REQUIRED
-
-
 @pytest.mark.parametrize(
-    "found, said",
-    [(None, "tensorboard is not installed: tensorboard>=2.21 is needed"), ("2.9.1", "tensorboard 2.9.1 is too old")],
+    "error, said",
+    [
+        (OSError("no\nroom"), "no"),
+        (MemoryError(), "MemoryError"),
+        (tf.errors.ResourceExhaustedError(None, None, "{{node a/b}} f.v2; No space\n\tflush"), "f.v2; No space"),
+    ],
 )
-def test_missing_or_old_package_ends_the_program_with_one_line_that_names_it(monkeypatch, found, said):
-    real = importlib.metadata.version
-
-    def version(package):
-        if package != "tensorboard":
-            return real(package)
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(package)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(SystemExit) as ended:
-        startup.check_packages()
-    assert str(ended.value).startswith(said)
-    assert "\n" not in str(ended.value)
-    assert "pip install -r requirements.txt" in str(ended.value)
+def test_reason_is_one_line_without_what_only_tensorflow_needs(error, said):
+    assert startup.reason(error) == said
 
 
 @pytest.mark.parametrize(
@@ -58,39 +50,96 @@ def test_auto_computes_in_bfloat16_where_the_cpu_multiplies_it(monkeypatch, tmp_
     info = tmp_path / "cpuinfo"
     if flags:
         info.write_text(f"model name : a\nflags : {flags}\n")
-    monkeypatch.setattr("builtins.open", lambda path, *_, real=open: real(info if path == "/proc/cpuinfo" else path))
+    monkeypatch.setattr(startup, "Path", {"/proc/cpuinfo": info}.get)
     assert startup.choose_dtype("auto", device) == chosen
     assert startup.choose_dtype("bfloat16", device) == "bfloat16"
-
-
-@pytest.mark.parametrize("device", ["gpu:x", "tpu", "cpu:1", ""])
-def test_device_that_is_none_raises_naming_it(device):
-    with pytest.raises(ValueError, match=f"device = '{device}': must be auto, cpu, gpu or gpu:N"):
-        startup.choose_device(device, num_groups=1)
-
-
-@pytest.mark.parametrize(
-    "error, said",
-    [
-        (OSError("no\nroom"), "no"),
-        (MemoryError(), "MemoryError"),
-        (
-            startup.tf.errors.ResourceExhaustedError(None, None, "{{node a/b}} f.v2; No space\n\tflush"),
-            "f.v2; No space",
-        ),
-    ],
-)
-def test_reason_is_one_line_without_what_only_tensorflow_needs(error, said):
-    assert startup.reason(error) == said
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its library of kernels is for x86")
 @pytest.mark.parametrize(("wish", "used"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
 def test_convolutions_use_onednn_on_any_x86_unless_the_user_says_otherwise(wish, used):
-    program = "import network as n; net = n.ActorCritic(4); net(n.tf.zeros([2, 84, 84], n.tf.uint32))"
     others = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     environment = {**others, "ONEDNN_VERBOSE": "1", "CUDA_VISIBLE_DEVICES": "", **wish}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, timeout=120, capture_output=True, text=True
-    )
-    assert ("exec,cpu,convolution" in ran.stdout) == used
+    code = "import network as n; net = n.ActorCritic(4); net(n.tf.zeros([2, 84, 84], n.tf.uint32))"
+    assert ("exec,cpu,convolution" in run_python(code, env=environment)) == used
+
+
+@pytest.mark.row(n=35)
+@pytest.mark.parametrize(
+    "groups, files, cores",
+    [
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "100000 100000"}, 1),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 1),
+        ("0::/not/seen/from/inside", {"cpu.max": "70000 100000"}, 1),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000"}, 64),
+        ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/b/cpu.cfs_quota_us": "99999"}, 1),
+        ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/b/cpu.cfs_quota_us": "-1"}, 64),
+        ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/cpu.cfs_quota_us": "100001"}, 2),
+        ("3:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "100001"}, 64),
+    ],
+)
+def test_quota_of_a_control_group_limits_the_cores(monkeypatch, tmp_path, groups, files, cores):
+    """Version 2 and version 1 of control groups, as the kernel shows them; the paths are moved below a folder."""
+    periods = {name.replace("quota", "period"): "100000" for name in files if "quota" in name}
+    files = {f"sys/fs/cgroup/{name}": text for name, text in {**files, **periods}.items()}
+    for name, text in {**files, "proc/self/cgroup": groups}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    real = startup.Path
+    monkeypatch.setattr(startup, "Path", lambda first, *rest: real(f"{tmp_path}{first}", *rest))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert startup.available_cores() == cores
+
+
+@pytest.mark.row(n=17)
+@pytest.mark.parametrize("device", ["gpu:x", "gpu:-1", "tpu", "cpu:1", ""])
+def test_device_that_is_none_raises_naming_it(device):
+    with pytest.raises(UserError, match=f"^device = '{device}': must be auto, cpu, gpu or gpu:N$"):
+        startup.choose_device(device)
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """Return a function that lets TensorFlow see three GPUs, and at work already or not: what is done with them."""
+
+    def make(at_work):
+        gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{n}", "GPU") for n in range(3)]
+        visible, grown = list(gpus), []
+
+        def set_visible(wanted, kind):
+            assert kind == "GPU"
+            if at_work and wanted != visible:
+                raise RuntimeError("Visible devices cannot be modified after being initialized")
+            visible[:] = wanted
+
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+        monkeypatch.setattr(tf.config, "set_visible_devices", set_visible)
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible)
+        monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: grown.append(gpu))
+        return gpus, visible, grown
+
+    return make
+
+
+@pytest.mark.row(n=35)
+@pytest.mark.parametrize(
+    "device, chosen, name",
+    [("cpu", [], "/CPU:0"), ("gpu", [0], "/GPU:0"), ("auto", [0], "/GPU:0"), ("gpu:2", [2], "/GPU:0")],
+)
+def test_no_other_gpu_is_opened_than_the_one_asked_for(three_gpus, device, chosen, name):
+    """Simulated."""
+    gpus, visible, grown = three_gpus(at_work=False)
+    assert startup.choose_device(device) == name
+    assert visible == grown == [gpus[n] for n in chosen]
+
+
+@pytest.mark.row(n=35)
+@pytest.mark.row(n=34)
+def test_gpu_keeps_its_number_where_tensorflow_is_at_work_already(three_gpus, capsys):
+    _, visible, _ = three_gpus(at_work=True)
+    assert startup.choose_device("gpu:1") == "/GPU:1"
+    assert "TensorFlow was already at work" in capsys.readouterr().out
+    del visible[1]
+    with pytest.raises(UserError, match="Use a new process"):
+        startup.choose_device("gpu:1")
