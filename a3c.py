@@ -17,7 +17,6 @@ import dataclasses
 import math
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Literal
@@ -43,6 +42,8 @@ class Config:
     log_dir: str = ""  # folder of the run, `~` is yours; empty means log/<game>
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
+
+    ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
 
     num_threads: Count = 4  # groups of games, each with a thread and a copy of the network
     agents_per_thread: Count = 64  # games in a group
@@ -169,7 +170,6 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, signals: list[int]) -> int:
-    started = time.monotonic()
     game, device = game_and_device(config)
     config = dataclasses.replace(config, log_dir=config.folder)
     with run_folder(config.log_dir) as check, tf.device(device):
@@ -187,7 +187,7 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
             return 0
         report = Report(config, progress, check)
-        return Groups(config, shared, progress, saver, report, signals).run(game, device, started)
+        return Groups(config, shared, progress, saver, report, signals).run(game, device)
 
 
 def game_and_device(config: Config) -> tuple[Game, str]:

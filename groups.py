@@ -79,25 +79,40 @@ class Groups:
         Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
         written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
-        try:
-            self._start(game, device)
-            while not self._is_over():
-                self._watch()
-        finally:
-            self._stop()
+        with self._hosts(game) as (agent_class, make_envs):
+            try:
+                self._start(agent_class, make_envs, device)
+                while not self._is_over():
+                    self._watch()
+            finally:
+                self._stop()
         return 128 + self.signals[0] if self.signals else 0
 
     def _is_over(self) -> bool:
         return bool(self.signals) or self.coordinator.should_stop()
 
-    def _start(self, game: Game, device: str) -> None:
+    @contextlib.contextmanager
+    def _hosts(self, game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
+        """Yield the class of a group and what makes its games: in this process, or on the hosts of a cluster."""
+        config = self.config
+        if config.ray_address is None:
+            make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
+            yield GroupAgent, make_envs
+            return
+        try:
+            import environment_hosts
+        except ImportError as error:
+            raise UserError(f"ray_address: {error}. Run: pip install -r requirements-ray.txt") from error
+        with environment_hosts.connected(config, game) as make_envs:
+            yield environment_hosts.HostedAgent, make_envs
+
+    def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
         """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""
         config = self.config
-        make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
         for index in range(config.num_threads):
             if self._is_over():
                 return
-            agent = GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update)
+            agent = agent_class(index, make_envs, self.shared, self.progress, config, self._on_update)
             self.agents.append(agent)
             self.threads.append(
                 threading.Thread(target=agent.run, args=[self.coordinator, device], name=f"group {index}", daemon=True)
