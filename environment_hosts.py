@@ -3,8 +3,6 @@
 Each group's games live in an actor of Ray: a process on a host of the cluster. A host needs `requirements-ray.txt` but
 not this repository, because the functions that build the games travel to the actor. If a host is lost, its group
 leaves out the unroll that it was in and begins other games on what is left of the cluster; the other groups go on.
-
-`docs/scaling.md` says how to start a cluster and when it pays.
 """
 
 import contextlib
@@ -16,7 +14,6 @@ import platform
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,19 +22,17 @@ from typing import TYPE_CHECKING
 import gymnasium
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 import environment
 import startup
 from async_agent import GroupAgent
-from startup import UserError
 
 if TYPE_CHECKING:
     from a3c import Config
 
-PIECE = 90_000  # bytes: Ray sends what is below 100 KB with its answer, and fetches more in a second exchange
-SHUTDOWN = 5.0  # seconds that Ray gets to end its processes; after that they end because this one does
+PIECE = 90_000  # bytes; Ray sends a result of less than 100 KB with the answer, and a larger one by another exchange
 
 for _module in (sys.modules[__name__], environment, startup):
     ray.cloudpickle.register_pickle_by_value(_module)  # a host does not have them
@@ -45,71 +40,60 @@ for _module in (sys.modules[__name__], environment, startup):
 
 @contextlib.contextmanager
 def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[], "HostedGames"]]:
-    """Take part in the cluster at `ray_address`; yield what makes the games of a group. For the main thread.
+    """Take part in the cluster at `ray_address`; yield what makes the games of a group. Only in the main thread.
 
-    `local` starts a cluster of this machine alone, which listens on loopback only and ends with the block. Raises
-    UserError if there is no such cluster.
+    `local` starts a cluster of this machine alone. Raises UserError if there is no cluster.
     """
-    options, handler = {"log_to_driver": False, "logging_level": "ERROR"}, signal.getsignal(signal.SIGTERM)
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        if config.ray_address == "local":
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # is Ray's word for loopback, on Linux too
-            options |= {"num_cpus": max(startup.available_cores(), config.num_threads), "num_gpus": 0}
-            options |= {"object_store_memory": 100 * 2**20, "include_dashboard": False, "_temp_dir": folder}
-        try:
-            ray.init(config.ray_address, **options)
-        except Exception as error:  # of many kinds
-            raise UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
-        finally:
-            signal.signal(signal.SIGTERM, handler)  # Ray sets its own
-        try:
-            cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-            fitting = [t for t in range(1, max(cpus) + 1) if sum(cpu // t for cpu in cpus) >= config.num_threads]
-            threads = max(fitting, default=1)
-            print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
-            groups_on_host = max(1, max(cpus) // threads)
-            make = functools.partial(environment.make_training_envs, game, config.agents_per_thread, groups_on_host)
-            limit = 0.9 * config.stall_timeout  # names the host before the watchdog names the group
-            yield functools.partial(HostedGames, make, config.agents_per_thread, threads, limit)
-        finally:
-            ending = threading.Thread(target=ray.shutdown, daemon=True)
-            ending.start()
-            ending.join(SHUTDOWN)
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.ray_address == "local":
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, on Linux too
+        options |= {"include_dashboard": False, "num_cpus": max(startup.available_cores(), config.num_threads)}
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(config.ray_address, **options)
+    except Exception as error:  # of many kinds
+        raise startup.UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
+    finally:
+        signal.signal(signal.SIGTERM, terminate)  # Ray sets its own
+    ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each lost host
+    try:
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        num_envs, groups = config.agents_per_thread, config.num_threads
+        threads = max([n for n in range(1, max(cpus) + 1) if sum(c // n for c in cpus) >= groups], default=1)
+        print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
+        make_envs = functools.partial(environment.make_training_envs, game, num_envs, max(1, max(cpus) // threads))
+        pickled, limit = (
+            ray.cloudpickle.dumps(make_envs),
+            0.9 * config.stall_timeout,
+        )  # before the watchdog ends the run
+        yield functools.partial(HostedGames, pickled, num_envs, threads, limit)
+    finally:
+        shutdown = threading.Thread(target=ray.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(5.0)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be the same on all hosts."""
-    found = {"Python": platform.python_version()}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["ale-py"] = importlib.metadata.version("ale-py")
-    return found
+    """Return the versions that must be the same on all machines."""
+    packages = importlib.metadata.distributions(name="ale-py")
+    return {"Python": platform.python_version(), "ale-py": next((x.version for x in packages), "missing")}
 
 
-@ray.remote(max_restarts=0)
+@ray.remote
 class Games:
-    """The games of a group, on a host. Answers are pickled and cut into `pieces`, each small enough for `PIECE`."""
+    """The games of a group, on a host."""
 
-    def __init__(self, pieces: int):
-        self.pieces = pieces
+    def build(self, make_envs: bytes, wanted: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """Build the games unless other versions are wanted. Return the name of the host and its versions."""
+        if (found := versions()) == wanted:
+            self.envs = pickle.loads(make_envs)()
+        return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}", found
 
-    def about(self) -> tuple[str, dict[str, str]]:
-        """Return the name of the host, and its versions."""
-        return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}", versions()
-
-    def reset(self, make_envs: Callable, seed: np.ndarray) -> list[bytes]:
-        """Build the games and start them: frames [B, 1, 84, 84] uint8."""
-        self.envs = make_envs()
-        return self._cut(self.envs.reset(seed=seed)[0])
-
-    def step(self, actions: np.ndarray) -> list[bytes]:
-        """Take a step in each game: what `VectorEnv.step` returns, with only the lives in `info`."""
-        *outcome, info = self.envs.step(actions)
-        return self._cut((*outcome, {"lives": info["lives"]}))
-
-    def _cut(self, answer) -> list[bytes]:
-        answer = pickle.dumps(answer, protocol=5)
-        length = len(answer) // self.pieces + 1
-        return [answer[start : start + length] for start in range(0, length * self.pieces, length)]
+    def call(self, method: str, words: dict, pieces: int) -> list[bytes]:
+        """Return what a method of the games returns, with only the lives in `info`, pickled and cut into pieces."""
+        *result, info = getattr(self.envs, method)(**words)
+        data = pickle.dumps((*result, {"lives": info["lives"]}), protocol=5)
+        return [data[len(data) * i // pieces : len(data) * (i + 1) // pieces] for i in range(pieces)]
 
 
 class HostLost(Exception):
@@ -117,61 +101,48 @@ class HostLost(Exception):
 
 
 class HostedGames(gymnasium.vector.VectorEnv):
-    """B games on a host of the cluster; `reset` asks Ray for the host, and for another one after a loss.
+    """B games on a host with `num_cpus`. `reset` waits for `limit` seconds for it, `step` for a third of them."""
 
-    Args:
-      make_envs: builds the games, on the host.
-      num_envs: B.
-      num_cpus: CPUs of a host that the games need; after a loss they take what is left.
-      limit: seconds that `reset` waits for a host; `step` waits a third of it for an answer.
-    """
-
-    def __init__(self, make_envs: Callable, num_envs: int, num_cpus: int, limit: float):
+    def __init__(self, make_envs: bytes, num_envs: int, num_cpus: int, limit: float):
         self.make_envs, self.num_envs, self.num_cpus, self.limit = make_envs, num_envs, num_cpus, limit
         self.pieces = 2 + num_envs * environment.FRAME_SIZE**2 // PIECE
-        self.games, self.host = None, "none yet"
+        self.host = "none"
 
     def reset(self, *, seed=None, options=None):
         """Start other games on a host. Raises TimeoutError if none begins in time, UserError if its versions differ."""
         end = time.monotonic() + self.limit
         while (left := end - time.monotonic()) > 0:
-            self.games = Games.options(num_cpus=self.num_cpus, scheduling_strategy="SPREAD").remote(self.pieces)
-            try:
-                self.host, theirs = self._get(self.games.about.remote(), left)
-                if theirs != versions():
-                    raise UserError(f"environment host {self.host} has {theirs}, but here is {versions()}")
-                return self._ask(self.games.reset, end - time.monotonic(), self.make_envs, seed), {}
-            except HostLost:
-                time.sleep(1)
+            self.games = Games.options(num_cpus=self.num_cpus, scheduling_strategy="SPREAD").remote()
+            with contextlib.suppress(HostLost):
+                self.host, theirs = self._get(self.games.build.remote(self.make_envs, ours := versions()), left)
+                if theirs != ours:
+                    raise startup.UserError(f"environment host {self.host} has {theirs}, but here is {ours}")
+                tqdm.write(f"{threading.current_thread().name} plays on {self.host}")
+                return self._call("reset", end - time.monotonic(), seed=seed)
+            time.sleep(1)
         raise TimeoutError(f"no environment host began its games for {self.limit:.0f} s; the last one was {self.host}")
 
     def step(self, actions):
         """Take a step in each game. Raises HostLost."""
-        return self._ask(self.games.step, self.limit / 3, actions)
+        return self._call("step", self.limit / 3, actions=actions)
 
-    def _ask(self, method, seconds: float, *args):
-        pieces = self._get(method.options(num_returns=self.pieces).remote(*args), seconds)
-        return pickle.loads(b"".join(pieces))
+    def _call(self, method: str, seconds: float, **words):
+        result = self.games.call.options(num_returns=self.pieces).remote(method, words, self.pieces)
+        return pickle.loads(b"".join(self._get(result, seconds)))
 
-    def _get(self, answer, seconds: float):
+    def _get(self, result, seconds: float):
         try:
-            return ray.get(answer, timeout=max(0.0, seconds))
+            return ray.get(result, timeout=max(0.0, seconds))
         except RayTaskError:  # an exception of the games
             raise
         except RayError as error:
-            self.num_cpus = 0
+            self.num_cpus = 0  # from now on these games take what is left
             ray.kill(self.games)
-            why = f"no answer for {seconds:.0f} s" if isinstance(error, GetTimeoutError) else startup.reason(error)
-            raise HostLost(f"environment host {self.host} is lost: {why}") from error
+            raise HostLost(f"environment host {self.host} is lost: {startup.reason(error)}") from error
 
 
 class HostedAgent(GroupAgent):
     """A group whose games are on a host. If that is lost, the unroll is left out and other games begin."""
-
-    def reset(self) -> None:
-        """Start all games on a host."""
-        super().reset()
-        tqdm.write(f"group {self.index} plays on {self.envs.host}")
 
     def iterate(self) -> None:
         """Play T steps in each game and update the shared network once, unless the host is lost."""
