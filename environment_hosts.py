@@ -8,7 +8,6 @@ leaves out the unroll that it was in and begins other games on what is left of t
 import contextlib
 import functools
 import importlib.metadata
-import os
 import pickle
 import platform
 import signal
@@ -46,10 +45,13 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
     """
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.ray_address == "local":
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback, on Linux too
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # so that it listens on loopback only
         options |= {"include_dashboard": False, "num_cpus": max(startup.available_cores(), config.num_threads)}
     terminate = signal.getsignal(signal.SIGTERM)
+    host, _, port = config.ray_address.removeprefix("ray://").rpartition(":")
     try:
+        if host:
+            socket.create_connection((host, port), timeout=10).close()  # Ray alone would try for minutes
         ray.init(config.ray_address, **options)
     except Exception as error:  # of many kinds
         raise startup.UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
@@ -62,11 +64,8 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
         threads = max([n for n in range(1, max(cpus) + 1) if sum(c // n for c in cpus) >= groups], default=1)
         print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
         make_envs = functools.partial(environment.make_training_envs, game, num_envs, max(1, max(cpus) // threads))
-        pickled, limit = (
-            ray.cloudpickle.dumps(make_envs),
-            0.9 * config.stall_timeout,
-        )  # before the watchdog ends the run
-        yield functools.partial(HostedGames, pickled, num_envs, threads, limit)
+        make_envs, limit = ray.cloudpickle.dumps(make_envs), 0.9 * config.stall_timeout  # before the watchdog's
+        yield functools.partial(HostedGames, make_envs, num_envs, threads, limit)
     finally:
         shutdown = threading.Thread(target=ray.shutdown, daemon=True)
         shutdown.start()

@@ -172,7 +172,9 @@ class SharedNetwork(ActorCritic):
         self.filters, self.background = filters, background
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
-        self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # the operation wants them
+        self.no_momenta = [
+            tf.Variable(tf.zeros_like(v), trainable=False) for v in variables
+        ]  # the operation wants them
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""
