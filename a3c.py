@@ -27,7 +27,17 @@ from environment import Game, find_game
 from groups import Groups, run_folder
 from network import SharedNetwork
 from report import Report
-from startup import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, UserError, tf
+from settings import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Positive,
+    PositiveFraction,
+    PositiveOrZero,
+    check_settings,
+    parse_flags,
+)
+from startup import UserError, tf
 
 
 @dataclasses.dataclass
@@ -82,7 +92,7 @@ class Config:
 
     def __post_init__(self):
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
-        startup.check_settings(self)
+        check_settings(self)
         checkpoint.check_path("log_dir", self.log_dir)
 
     @property
@@ -138,7 +148,7 @@ def parse_config(flags: Sequence[str], **defaults) -> Config:
     preset.add_argument("--preset", choices=PRESETS, default="original")
     chosen, others = preset.parse_known_args(flags)
     about = f"{__doc__.splitlines()[0]}\n\n--preset {{{','.join(PRESETS)}}} sets other defaults."
-    return startup.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
+    return parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
 
 
 def given_to_run(folder: str) -> dict:

@@ -22,7 +22,6 @@ from startup import UserError, reason, refusing, tf
 KEEP = 3  # numbered checkpoints that stay in a folder
 CONFIG, LAST, NUMBERED = "config.json", "last.ckpt", "model.ckpt-"
 DATA, INDEX = ".data-00000-of-00001", ".index"  # the two files of a checkpoint
-_KEY, _PROGRESS_KEY = "/.ATTRIBUTES/VARIABLE_VALUE", "progress/.ATTRIBUTES/py_state"
 
 
 def read_config(path: str) -> dict:
@@ -129,8 +128,9 @@ def read(path: str) -> tuple[dict[str, np.ndarray], int]:
     """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign."""
     try:
         reader = tf.train.load_checkpoint(path)
-        tensors = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-        return tensors, int(json.loads(tensors[_PROGRESS_KEY])["iteration"])
+        keys = reader.get_variable_to_shape_map()  # such as weights/conv1/.ATTRIBUTES/VARIABLE_VALUE
+        tensors = {key.split("/.")[0]: reader.get_tensor(key) for key in keys}
+        return tensors, int(json.loads(tensors["progress"])["iteration"])
     except (tf.errors.OpError, LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
 
@@ -139,7 +139,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
     """Raise UserError where a checkpoint's weights are not those of a network, by name and shape."""
     kinds = {"weights": network.weights, "biases": network.biases}
     here = {f"{kind}/{layer}": v.shape.as_list() for kind, layers in kinds.items() for layer, v in layers.items()}
-    there = {key.removesuffix(_KEY): [*x.shape] for key, x in tensors.items() if key.split("/")[0] in kinds}
+    there = {name: [*x.shape] for name, x in tensors.items() if name.split("/")[0] in kinds}
     for name in {**here, **there}:
         was, now = there.get(name), here.get(name)
         if was != now and name == "weights/policy" and was and now:
@@ -152,8 +152,8 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
     tensors, iteration = read(path)
-    filters = tensors.get(f"weights/conv1{_KEY}", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
-    network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get(f"biases/input{_KEY}", 0)))
+    filters = tensors.get("weights/conv1", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
+    network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get("biases/input", 0)))
     check_fits(tensors, network, path)
     tf.train.Checkpoint(weights=network.weights, biases=network.biases).read(path).expect_partial()
     return network, iteration

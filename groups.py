@@ -86,6 +86,7 @@ class Groups:
                     self._watch()
             finally:
                 self._stop()
+        self.report.refresh()  # raises what could not be written
         return 128 + self.signals[0] if self.signals else 0
 
     def _is_over(self) -> bool:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from async_agent import Progress
 from network import Losses
-from startup import UserError, refusing, tf
+from startup import Background, UserError, refusing, tf
 
 if TYPE_CHECKING:
     from a3c import Config
@@ -40,29 +40,29 @@ LINE = (
 
 
 class Report:
-    """Reports one run. The groups' threads call `count_update`, the main thread everything else.
+    """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
 
-    On a resume TensorBoard's files are made anew from progress.csv, so that both always show the same curves.
-    Raises UserError if a file cannot be written.
+    The groups' threads call `count_update`, the main thread everything else.
     """
 
     def __init__(self, config: "Config", progress: Progress, check_folder=lambda: None):
         self.config, self.progress, self.check_folder = config, progress, check_folder
         self.losses = []  # of the updates since the last row
         self.last_row = None  # (when, agent steps); until there is one, those of the first update
-        self.began = time.time() - progress.total_seconds()  # as if training had never paused
         folder = Path(config.log_dir)
         path, unfinished = folder / "progress.csv", folder / "progress.csv.new"
         with refusing(f"cannot write the report in {folder}"):
             rows = _read_rows(path, progress.iteration)
             self.table = open(unfinished, "w", newline="")  # noqa: SIM115
             csv.writer(self.table).writerow(COLUMNS)
-            self.curves = {"iteration": _new_event_file(folder), "episodes": _new_event_file(folder / "per-eps")}
-            self._save(rows)
+            self._add_to_table(rows)
             unfinished.replace(path)
+            folders = {"iteration": folder, "episodes": folder / "per-eps"}
+            self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in folders.items()}
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         length = {"initial": progress.agent_steps, "total": config.max_agent_steps}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)
+        self.background = Background(take=lambda task: task())
 
     def count_update(self, losses: Losses) -> None:
         """Take the losses of an update; report every `summary_period` updates. The caller holds the progress lock."""
@@ -71,8 +71,7 @@ class Report:
         self.last_row = self.last_row or (now, progress.agent_steps)
         if progress.iteration % self.config.summary_period == 0:
             row = self._make_row(now)
-            self._save([row])
-            tqdm.write(LINE.format(**row))
+            self.background.write(lambda: self._write(row))
             self.losses, self.last_row = [], (now, progress.agent_steps)
 
     def _make_row(self, now: float) -> dict[str, float]:
@@ -90,29 +89,32 @@ class Report:
             "steps_per_second": (progress.agent_steps - steps_then) / max(now - then, 1e-9),
         }
 
-    def _save(self, rows: list[dict[str, float]]) -> None:
-        """Add rows to progress.csv and to TensorBoard's curves."""
+    def _write(self, row: dict[str, float]) -> None:
+        """Write a row into the files and onto the screen."""
         with refusing(f"cannot write the report in {self.config.log_dir}"):
-            for row in rows:
-                csv.writer(self.table).writerow(f"{row[column]:.10g}" for column in COLUMNS)
-                points = {tag: row[column] for column, tag in COLUMNS.items() if tag and not np.isnan(row[column])}
-                summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in points.items()]}
-                for x_axis, file in self.curves.items():
-                    place = {"step": int(row[x_axis]), "wall_time": self.began + row["seconds"]}
-                    file.write(tf.compat.v1.Event(**place, summary=summary).SerializeToString())
-            for file in (self.table, *self.curves.values()):
-                file.flush()
+            self._add_to_table([row])
+            for x_axis, file in self.curves.items():
+                _add_event(file, row[x_axis], summary=_points(row))
+        tqdm.write(LINE.format(**row))
+
+    def _add_to_table(self, rows: list[dict[str, float]]) -> None:
+        csv.writer(self.table).writerows([f"{row[column]:.10g}" for column in COLUMNS] for row in rows)
+        self.table.flush()
 
     def refresh(self) -> None:
-        """Bring the bar up to date, and check that the folder still is this run's."""
-        self.check_folder()
+        """Bring the bar up to date. Raises UserError once a file could not be written or the folder was lost."""
+        if self.background.failure:
+            raise self.background.failure
+        if self.background.items.empty():
+            self.background.write(self.check_folder)
         progress, scores = self.progress, self.progress.recent_scores()
         score = f", score {scores.mean():.1f}, max {scores.max():.0f}" if scores.size else ""
         self.bar.set_postfix_str(f"{progress.episodes:,} games{score}", refresh=False)
         self.bar.update(progress.agent_steps - self.bar.n)
 
     def close(self) -> None:
-        """End the bar."""
+        """Write what is left, for 2 s at most."""
+        self.background.close(2)
         self.bar.close()
 
 
@@ -128,11 +130,24 @@ def _read_rows(path: Path, iteration: int) -> list[dict[str, float]]:
         raise UserError(f"{path} is not as this program wrote it. Move it away to go on without it") from error
 
 
-def _new_event_file(folder: Path) -> tf.io.TFRecordWriter:
-    """Begin a file of TensorBoard in place of those in a folder."""
+def _points(row: dict[str, float]) -> dict:
+    shown = {tag: row[column] for column, tag in COLUMNS.items() if tag and not np.isnan(row[column])}
+    return {"value": [{"tag": tag, "simple_value": value} for tag, value in shown.items()]}
+
+
+def _begin_curves(folder: Path, x_axis: str, rows: list[dict[str, float]]) -> tf.io.TFRecordWriter:
+    """Begin a file of TensorBoard that takes back what a killed run has shown after the last of `rows`."""
     folder.mkdir(exist_ok=True)
-    for path in folder.glob("events.out.tfevents.*"):
-        path.unlink()
     file = tf.io.TFRecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
-    file.write(tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    last = rows[-1][x_axis] if rows else 0
+    _add_event(file, 0, file_version="brain.Event:2")
+    _add_event(file, last, session_log={"status": tf.compat.v1.SessionLog.START})  # drops all from this step on
+    for row in rows:
+        if row[x_axis] >= last:
+            _add_event(file, row[x_axis], summary=_points(row))
     return file
+
+
+def _add_event(file: tf.io.TFRecordWriter, step: float, **what) -> None:
+    file.write(tf.compat.v1.Event(step=int(step), wall_time=time.time(), **what).SerializeToString())
+    file.flush()

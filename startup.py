@@ -1,4 +1,4 @@
-"""What every command does first and last: packages, a quiet import, flags, the device; output, signals, the end."""
+"""What every command does first and last: packages, a quiet import, the device; output, signals, the end."""
 
 import contextlib
 import importlib.metadata
@@ -11,10 +11,8 @@ import signal
 import sys
 import tempfile
 import threading
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
 for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
@@ -86,62 +84,6 @@ def __getattr__(name: str):
     return tf
 
 
-LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
-
-
-class Bounds(NamedTuple):
-    """The least and the most that a setting's number may be, both included."""
-
-    low: float
-    high: float = LARGEST
-
-
-Count = Annotated[int, Bounds(1)]
-CountOrZero = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(math.ulp(0.0))]
-PositiveOrZero = Annotated[float, Bounds(0.0)]
-Fraction = Annotated[float, Bounds(0.0, 1.0)]
-PositiveFraction = Annotated[float, Bounds(math.ulp(0.0), 1.0)]
-
-
-def check_settings(settings) -> None:
-    """Check each field of a dataclass by its type. NumPy's numbers, paths, and whole numbers for floats are taken too.
-
-    Raises:
-      UserError: names the first wrong field, its value and what it must be.
-    """
-    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
-        value = value.item() if hasattr(value, "item") else value  # of NumPy
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if optional := type(None) in typing.get_args(hint):
-            hint = typing.get_args(hint)[0]
-        if typing.get_origin(hint) is typing.Literal:
-            valid, wanted = value in typing.get_args(hint), "one of " + ", ".join(typing.get_args(hint))
-        elif typing.get_origin(hint) is Annotated:
-            kind, (low, high) = typing.get_args(hint)
-            value = float(value) if kind is float and type(value) is int and abs(value) <= LARGEST else value
-            valid = type(value) is kind and low <= value <= high  # also false for NaN
-            least = f"from {low:g}" if low in (0, 1) else "above 0"
-            wanted = f"a {'whole ' * (kind is int)}number {least} to {high:,.10g}"
-        else:
-            valid, wanted = type(value) is hint, "a text" if hint is str else "True or False"
-        if not (valid or (optional and value is None)):
-            raise UserError(f"{name} = {value!r}: must be {wanted}{', or None' * optional}")
-        setattr(settings, name, value)
-
-
-def parse_flags(default, flags: Sequence[str], about: str):
-    """Return `default`, a dataclass, with what flags change: one for each field, whose comment is its help.
-
-    Values are written as in Python. A wrong flag ends the program with status 2 and a message that names it.
-    """
-    import tyro  # not above, where it is not known yet whether it is installed
-
-    options = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
-    return tyro.cli(type(default), default=default, args=flags, description=about, **options)
-
-
 def available_cores() -> int:
     """Return how many cores this process may use, by its CPU mask and the quotas of Linux' control groups around it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
@@ -199,31 +141,37 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-class BackgroundStream:
-    """Stands for a text stream and writes to it in a thread of its own: `write` never fails and never waits."""
+class Background:
+    """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
 
-    def __init__(self, stream):
-        self.stream, self.texts = stream, queue.SimpleQueue()
+    It is a text stream that stands for `stream`; or else `take` is called with each item. It keeps the first `failure`.
+    """
+
+    def __init__(self, stream=None, take: Callable | None = None):
+        self.take = take or (lambda text: print(text, end="", file=stream, flush=True))
+        self.stream, self.items, self.failure = stream, queue.SimpleQueue(), None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
-        for text in iter(self.texts.get, None):
-            with contextlib.suppress(Exception):
-                print(text, end="", file=self.stream, flush=True)
+        for item in iter(self.items.get, None):
+            try:
+                self.take(item)
+            except Exception as error:
+                self.failure = self.failure or error
 
-    def write(self, text: str) -> None:
-        """Let the thread write `text`, unless so many wait already that it is dropped."""
-        if self.texts.qsize() < 10_000:
-            self.texts.put(text)
+    def write(self, item) -> None:
+        """Let the thread take `item`, unless so many wait already that it is dropped."""
+        if self.items.qsize() < 10_000:
+            self.items.put(item)
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Let the thread take what is left, for so long at most."""
+        self.items.put(None)
+        self.thread.join(seconds)
 
     def flush(self) -> None:
         """Do nothing: the thread flushes each text."""
-
-    def close(self) -> None:
-        """Let the thread write what is left, for a second at most."""
-        self.texts.put(None)
-        self.thread.join(1.0)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)  # isatty, encoding, fileno
@@ -239,8 +187,8 @@ def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
     one_place, before = False, {}
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
         one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    out = BackgroundStream(sys.stdout)
-    errors = out if one_place else BackgroundStream(sys.stderr)  # one keeps the order
+    out = Background(sys.stdout)
+    errors = out if one_place else Background(sys.stderr)  # one keeps the order
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python

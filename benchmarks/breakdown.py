@@ -8,6 +8,7 @@ kernel, summed from what oneDNN, TensorFlow's library of convolutions and matrix
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages and sets TensorFlow up
 
+import argparse
 import collections
 import contextlib
 import glob
@@ -15,8 +16,6 @@ import re
 import tempfile
 import time
 from unittest import mock
-
-from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import a3c
 import async_agent
@@ -85,6 +84,8 @@ def run(agent: async_agent.GroupAgent, seconds: float) -> tuple[float, int]:
 
 def seconds_by_part(log_dir: str) -> collections.Counter:
     """Return the sums of the times of all operations in a profile."""
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2  # not above: `startup` imports TensorFlow without its noise
+
     (path,) = glob.glob(f"{log_dir}/**/*.xplane.pb", recursive=True)
     with open(path, "rb") as file:
         planes = xplane_pb2.XSpace.FromString(file.read()).planes
@@ -100,13 +101,12 @@ def seconds_by_part(log_dir: str) -> collections.Counter:
 
 def main() -> None:
     """Run the command line."""
-    parser = a3c.config_parser(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=10, help="to measure for (%(default)s)")
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     if arguments.seconds <= 0:
         parser.error("--seconds must be above 0")
-    arguments.num_threads = 1
-    config = endless(a3c.config_from(parser, arguments))
+    config = endless(a3c.parse_config([*flags, "--num_threads=1"]))
     game, device = a3c.game_and_device(config)
     if "CPU" not in device:
         parser.error(f"device = {config.device!r}: a GPU computes while others go on; only a CPU's time adds up")

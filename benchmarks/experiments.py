@@ -15,16 +15,17 @@ import queue
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 from typing import NamedTuple
 
-from benchmarks.common import Child, read_rows
+from benchmarks.common import REPOSITORY, read_rows
 
 MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
 COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
 WINDOW = 100_000  # agent steps up to a mark that a score is averaged over
-SAVE_GRACE = 120.0  # seconds that a run gets to save when it is stopped
+ANNEALING = "--annealing_steps=160000000"  # of the defaults; without it a short run would anneal sooner
 
 
 class Trial(NamedTuple):
@@ -72,13 +73,17 @@ def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event
     """Train on one core until `steps`; return the trial's row, or None where `stop` came first."""
     os.makedirs(log_dir, exist_ok=True)
     own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
-    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *shlex.split(trial.flags), *own]
-    with Child(command, f"{log_dir}/output.txt", SAVE_GRACE) as child:
-        while child.process.poll() is None and not stop.wait(0.5):
-            pass
-    status = child.process.returncode
+    flags = shlex.split(trial.flags) if "--preset" in trial.flags else [ANNEALING, *shlex.split(trial.flags)]
+    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags, *own]
+    with open(f"{log_dir}/output.txt", "a") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
+    while process.poll() is None and not stop.wait(0.5):
+        pass
     if stop.is_set():
+        process.terminate()  # it saves
+        process.wait()
         return None
+    status = process.returncode
     cells = summary(read_rows(f"{log_dir}/progress.csv"), steps if status == 0 else 0)
     ended = "done" if status == 0 else f"failed with exit status {status}"
     return {**trial._asdict(), "cores": 1, **cells, "ended": ended}

@@ -2,13 +2,12 @@
 
     .venv-peers/bin/python -m benchmarks.peers --rounds 5 --seconds 20 --json peers.json
 
-`ours` is `python a3c.py` with its defaults, read from its own progress.csv. `sb3-16` and `sb3-64` are A2C of
-Stable-Baselines3 with 16 games (its default) and with 64; `pytorch` is the A2C below with 64, written as most are;
-`tuned` is the same with what we found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's
-automatic mixed precision, which only a CPU with AMX or AVX512-BF16 makes fast. All on the CPU.
-Where a peer can be set up in several ways (`VARIANTS`), each is timed first and the fastest takes part. One step is one
-action in one game, 3 emulator frames. Start-up and warm-up are left out, for everyone. How to install the peers:
-`requirements-peers.txt`.
+`ours` is the training of `a3c.py` with its defaults. `sb3-16` and `sb3-64` are A2C of Stable-Baselines3 with 16 games
+(its default) and with 64. `pytorch` is the A2C below with 64, written as most are. `tuned` is the same with what we
+found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's automatic mixed precision, which
+only a CPU with AMX or AVX512-BF16 makes fast. All run on the CPU. Where a peer can be set up in several ways
+(`VARIANTS`), each is timed first and the fastest takes part. A step is one action in one game, 3 emulator frames.
+Start-up and warm-up are left out, for everyone. `requirements-peers.txt` says how to install the peers.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 from torch import nn
 
-from benchmarks.common import CORES, LIMIT, REPOSITORY, Child, end_on_signals, processor, spread, training
+from benchmarks.common import CORES, LIMIT, REPOSITORY, ask, processor, spread, train
 
 FRAMESKIP, STICKY, STEPS, DISCOUNT = 3, 0.25, 5, 0.99  # as our Breakout-v0
 WARM_UP = 3.0  # seconds
@@ -205,21 +204,13 @@ def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
         train_sb3(timer, **variant)
     else:
         train_pytorch(timer, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
-    print("rate", timer.rate, flush=True)
+    print(json.dumps(timer.rate))
 
 
 def measure_peer(name: str, variant: dict, seconds: float) -> float:
     """Return the steps per second of a peer, in a process of its own."""
     job = json.dumps({"peer": name, "seconds": seconds, **variant})
-    with Child([sys.executable, "-m", "benchmarks.peers", "--child", job]) as child:
-        return child.next_rate(seconds + LIMIT)
-
-
-def measure_ours(python: str, seconds: float) -> float:
-    """Return the steps per second of `python a3c.py` once all its groups learn."""
-    with training(["--device=cpu"], python) as run:
-        run.wait_until_all_learn()
-        return run.measure(seconds)
+    return ask([sys.executable, "-m", "benchmarks.peers", "--child", job], limit=seconds + LIMIT)
 
 
 def machine() -> dict:
@@ -244,7 +235,7 @@ def choose_variants(seconds: float) -> dict[str, dict]:
             try:
                 rates.append(measure_peer(peer, variant, seconds))
                 print(f"  {peer:12} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
-            except (RuntimeError, TimeoutError) as error:
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
                 rates.append(0.0)
                 print(f"  {peer:12} skipped  {variant}: {str(error).splitlines()[-1]}", flush=True)
         if not any(rates):
@@ -257,7 +248,7 @@ def main() -> None:
     """Run the command line."""
     own = REPOSITORY / ".venv" / "bin" / "python"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs a3c.py")
+    parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs ours")
     parser.add_argument("--rounds", type=int, default=5, help="each times ours, then every peer")
     parser.add_argument("--seconds", type=float, default=20.0, help="per measurement")
     parser.add_argument("--json", help="write everything to this file, after every round")
@@ -267,19 +258,19 @@ def main() -> None:
         return run_child(**json.loads(args.child))
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")
-    end_on_signals()
 
-    version = "import importlib.metadata as m; print(m.version('tensorflow'))"
-    tensorflow = subprocess.run([args.python, "-c", version], check=True, timeout=60, capture_output=True, text=True)
-    hardware = {**machine(), "tensorflow": tensorflow.stdout.strip()}
+    version = "import importlib.metadata, json; print(json.dumps(importlib.metadata.version('tensorflow')))"
+    hardware = {**machine(), "tensorflow": ask([args.python, "-c", version])}
     print(", ".join(f"{name} {value}" for name, value in hardware.items()))
     print("Choosing the fastest variant of each peer:")
     chosen = choose_variants(max(3.0, args.seconds / 4))
     rates = {name: [] for name in ("ours", *chosen)}
     for number in range(1, args.rounds + 1):
         for name, values in rates.items():
-            ours = name == "ours"
-            rate = measure_ours(args.python, args.seconds) if ours else measure_peer(name, chosen[name], args.seconds)
+            if name == "ours":
+                rate = train(["--device=cpu"], args.seconds, python=args.python)
+            else:
+                rate = measure_peer(name, chosen[name], args.seconds)
             values.append(rate)
             print(f"round {number} of {args.rounds}  {name:12} {rate:7,.0f} steps/s", flush=True)
         ratios = {peer: [a / b for a, b in zip(rates["ours"], rates[peer], strict=True)] for peer in chosen}

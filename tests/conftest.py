@@ -5,6 +5,7 @@ import startup  # isort: skip  # first: it sets TensorFlow up
 import collections
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import a3c
 import checkpoint
 import groups
+import plot
 from a3c import Config
 from async_agent import Progress
 from network import SharedNetwork
@@ -309,6 +312,32 @@ def has_rows(folder, number=2):
 
 
 def tensorboard(folder):
-    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step, value and wall_time."""
+    """Return the curves that TensorBoard shows of a folder's files: tag -> points with step and value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+# The programs that are not modules of the package, and their pictures.
+
+_spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
+watching = sys.modules["watching"] = importlib.util.module_from_spec(_spec)  # tyro looks its source up
+_spec.loader.exec_module(watching)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Return a function that runs plot.py in this process."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
+        plot.main()
+
+    return call
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the figures that plot.py saves from now on."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved

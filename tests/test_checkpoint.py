@@ -162,13 +162,17 @@ def test_any_damage_is_named_and_the_checkpoint_before_resumed_and_nothing_watch
 
 
 @pytest.mark.row(n=8)
-def test_resume_refuses_where_every_checkpoint_is_damaged(saved, tmp_path):
+@pytest.mark.row(n=11)
+def test_resume_refuses_where_every_checkpoint_is_damaged_or_of_something_else(saved, tmp_path):
     for path in tmp_path.glob("*.index"):
         damage(path, "emptied")
+    unrelated = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "model.ckpt-50"))
     other = small(tmp_path, seed=2)
     with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         other.resume()
-    assert len(other.warnings) == 4
+    assert len(other.warnings) == 5
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
+        checkpoint.load_network(unrelated, 4)
 
 
 @pytest.mark.row(n=8)
@@ -265,15 +269,6 @@ def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, 
     if "actions" in said:
         with pytest.raises(UserError, match=said):
             checkpoint.load_network(path, other.shared.num_actions)
-
-
-@pytest.mark.row(n=11)
-def test_unrelated_checkpoint_is_refused(tmp_path):
-    path = tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "model.ckpt-50"))
-    with pytest.raises(UserError, match="not a checkpoint of this program"):
-        checkpoint.load_network(path, 4)
-    with pytest.raises(UserError, match="is complete"):
-        small(tmp_path).resume()
 
 
 @pytest.mark.row(n=9)

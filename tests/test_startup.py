@@ -76,7 +76,7 @@ def test_convolutions_use_onednn_on_any_x86_unless_the_user_says_otherwise(wish,
         ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/b/cpu.cfs_quota_us": "99999"}, 1),
         ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/b/cpu.cfs_quota_us": "-1"}, 64),
         ("3:cpuset:/\n2:cpu,cpuacct:/a/b\n0::/", {"cpu/a/cpu.cfs_quota_us": "100001"}, 2),
-        ("3:cpuset:/a\n", {"cpu/a/cpu.cfs_quota_us": "100001"}, 64),
+        ("3:cpuset:/a", {"cpu/a/cpu.cfs_quota_us": "100001"}, 64),
     ],
 )
 def test_quota_of_a_control_group_limits_the_cores(monkeypatch, tmp_path, groups, files, cores):

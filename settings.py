@@ -1,0 +1,64 @@
+"""Settings are the fields of a dataclass: bounds that stand with their types, a check, a flag for each."""
+
+import math
+import os
+import typing
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+from startup import UserError
+
+LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
+
+
+class Bounds(NamedTuple):
+    """The least and the most that a setting's number may be, both included."""
+
+    low: float
+    high: float = LARGEST
+
+
+Count = Annotated[int, Bounds(1)]
+CountOrZero = Annotated[int, Bounds(0)]
+Positive = Annotated[float, Bounds(math.ulp(0.0))]
+PositiveOrZero = Annotated[float, Bounds(0.0)]
+Fraction = Annotated[float, Bounds(0.0, 1.0)]
+PositiveFraction = Annotated[float, Bounds(math.ulp(0.0), 1.0)]
+
+
+def check_settings(settings) -> None:
+    """Check each field of a dataclass by its type. NumPy's numbers, paths, and whole numbers for floats are taken too.
+
+    Raises:
+      UserError: names the first wrong field, its value and what it must be.
+    """
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        value = value.item() if hasattr(value, "item") else value  # of NumPy
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if optional := type(None) in typing.get_args(hint):
+            hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) is typing.Literal:
+            valid, wanted = value in typing.get_args(hint), "one of " + ", ".join(typing.get_args(hint))
+        elif typing.get_origin(hint) is Annotated:
+            kind, (low, high) = typing.get_args(hint)
+            value = float(value) if kind is float and type(value) is int and abs(value) <= LARGEST else value
+            valid = type(value) is kind and low <= value <= high  # also false for NaN
+            least = f"from {low:g}" if low in (0, 1) else "above 0"
+            wanted = f"a {'whole ' * (kind is int)}number {least} to {high:,.10g}"
+        else:
+            valid, wanted = type(value) is hint, "a text" if hint is str else "True or False"
+        if not (valid or (optional and value is None)):
+            raise UserError(f"{name} = {value!r}: must be {wanted}{', or None' * optional}")
+        setattr(settings, name, value)
+
+
+def parse_flags(default, flags: Sequence[str], about: str):
+    """Return `default`, a dataclass, with what flags change: one for each field, whose comment is its help.
+
+    Values are written as in Python. A wrong flag ends the program with status 2 and a message that names it.
+    """
+    import tyro  # not above, where it is not known yet whether it is installed
+
+    options = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+    return tyro.cli(type(default), default=default, args=flags, description=about, **options)
