@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -242,8 +243,9 @@ def test_address_without_a_cluster_is_refused_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def cluster(private):
+def cluster(private, monkeypatch):
     """Yield a cluster of three machines with a CPU each; the first is that of the program."""
+    monkeypatch.setattr(ray._private.utils, "set_sigterm_handler", lambda _: None)  # pytest has its own
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -287,3 +289,120 @@ def test_training_goes_on_while_machines_die(cluster, tmp_path):
         or last_iteration(tmp_path / "run") > now
     )
     assert are_gone(actors)
+
+
+@pytest.mark.slow
+@pytest.mark.row(n=38)
+def test_forty_machines_die_and_no_score_is_wrong(cluster, main, monkeypatch, tmp_path):
+    agents, finished, killed, ended = [], {}, [], threading.Event()
+
+    class Recounting(HostedAgent):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            agents.append(self)
+
+        def reset(self):
+            super().reset()
+            self.recounted = np.zeros(4)
+
+        def step(self, action):
+            _, reward, done, _ = result = super().step(action)
+            self.recounted += reward
+            for game in np.flatnonzero(done):
+                finished.setdefault((self.index, game), []).append(self.recounted[game])
+            self.recounted[done] = 0
+            return result
+
+    def wait_until_all_have_learnt():
+        goal, end = [agent.steps + 10 for agent in agents], time.monotonic() + 90
+        while any(agent.steps < steps for agent, steps in zip(agents, goal, strict=True)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def kill_and_add():  # Ray's processes end with the thread that starts them
+        try:
+            while len(agents) < 3:
+                time.sleep(0.1)
+            while len(killed) < 40:
+                wait_until_all_have_learnt()
+                for node in list(cluster.worker_nodes):
+                    kill(cluster, node)
+                    wait_until_all_have_learnt()
+                    killed.append(node)
+                for _ in range(2):
+                    cluster.add_node(num_cpus=1)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.wait(60)
+
+    monkeypatch.setattr(environment_hosts, "HostedAgent", Recounting)
+    thread = threading.Thread(target=kill_and_add, daemon=True)
+    thread.start()
+    status, printed, errors = main(
+        f"--log_dir={tmp_path}", "--num_threads=3", "--stall_timeout=90", ENDLESS, f"--ray_address={cluster.address}"
+    )
+    ended.set()
+    thread.join(10)
+    assert (status, len(killed)) == (130, 40), printed + errors
+    assert printed.count("is lost") >= 40
+    progress = agents[0].progress
+    assert progress.episodes == sum(map(len, finished.values())) > 0
+    for (group, game), scores in finished.items():
+        assert progress.scores[group, game] == scores[-1]
+    assert last_iteration(tmp_path) == progress.iteration
+    print(f"{progress.iteration} updates, {progress.episodes} games, {printed.count('is lost')} losses")
+
+
+@pytest.mark.slow
+@pytest.mark.row(n=38)
+@pytest.mark.parametrize(
+    "number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
+)
+def test_no_process_of_ray_survives_the_program(private, tmp_path, number, whole_group):
+    with Running(tmp_path / "run", "--ray_address=local", ENDLESS) as training:
+        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        below = processes(training.process.pid)
+        assert any("gcs_server" in words for words in below.values())
+        assert sum(words.startswith("ray::Games") for words in below.values()) == 2
+        if number == signal.SIGKILL:
+            training.process.kill()
+        elif whole_group:  # Ctrl-C
+            for pid in below:
+                os.kill(pid, number)
+            assert training.send(number)[0] == 128 + number
+        else:
+            assert training.send(number)[0] == 128 + number
+    assert are_gone(below)
+
+
+@pytest.mark.slow
+@pytest.mark.row(n=38)
+def test_killed_program_leaves_no_actor_on_a_cluster(cluster, tmp_path):
+    with Running(tmp_path / "run", f"--ray_address={cluster.address}", ENDLESS) as training:
+        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        actors = [pid for pid, words in processes(os.getpid()).items() if words.startswith("ray::Games")]
+        assert len(actors) == 2
+        training.process.kill()
+        assert are_gone(actors, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.row(n=38)
+def test_run_without_any_place_is_saved_and_names_the_host(cluster, tmp_path):
+    with Running(tmp_path / "run", f"--ray_address={cluster.address}", "--stall_timeout=15", ENDLESS) as training:
+        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        for node in cluster.list_all_nodes():
+            processes_of_node = processes(node.all_processes["raylet"][0].process.pid)
+            for pid, words in processes_of_node.items():
+                if words.startswith("ray::Games"):
+                    os.kill(pid, signal.SIGSTOP)
+        for node in list(cluster.worker_nodes):
+            kill(cluster, node)
+        head = cluster.head_node.all_processes["raylet"][0].process.pid
+        os.kill(head, signal.SIGSTOP)  # it places nothing
+        assert training.process.wait(60) == 1
+        os.kill(head, signal.SIGCONT)
+    printed = training.printed.read_text()
+    assert "no environment host began its games" in printed
+    assert re.search(r"the last one was \S+/\w{6}", printed)
+    assert last_iteration(tmp_path / "run") >= iterations(tmp_path / "run")[-1]
