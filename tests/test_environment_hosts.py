@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Games on other machines, through Ray; every machine is this one, on loopback."""
 
 import contextlib
