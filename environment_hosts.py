@@ -1,8 +1,8 @@
 """The same games on other machines, through Ray: actions go out, frames and rewards come in, the network stays here.
 
-Each group's games live in an actor of Ray: a process on a host of the cluster. A host needs `requirements-ray.txt` but
-not this repository, because the functions that build the games travel to the actor. If a host is lost, its group
-leaves out the unroll that it was in and begins other games on what is left of the cluster; the other groups go on.
+A group's games live in an actor of Ray: a process on a host. A host needs `requirements-ray.txt`, not this repository:
+the functions that build the games travel there. A group that loses its host leaves out the unroll that it was in, and
+begins other games on what is left of the cluster; the other groups go on.
 """
 
 import contextlib
@@ -39,33 +39,28 @@ for _module in (sys.modules[__name__], environment, startup):
 
 @contextlib.contextmanager
 def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[], "HostedGames"]]:
-    """Take part in the cluster at `ray_address`; yield what makes the games of a group. Only in the main thread.
-
-    `local` starts a cluster of this machine alone. Raises UserError if there is no cluster.
-    """
-    options = {"log_to_driver": False, "logging_level": "ERROR"}
+    """Yield what makes the games of a group, on the cluster at `ray_address`. Raises UserError if there is none."""
+    options, terminate = {"log_to_driver": False, "logging_level": "ERROR"}, signal.getsignal(signal.SIGTERM)
     if config.ray_address == "local":
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # so that it listens on loopback only
         options |= {"include_dashboard": False, "num_cpus": max(startup.available_cores(), config.num_threads)}
-    terminate = signal.getsignal(signal.SIGTERM)
-    host, _, port = config.ray_address.removeprefix("ray://").rpartition(":")
     try:
-        if host:
-            socket.create_connection((host, port), timeout=10).close()  # Ray alone would try for minutes
+        if ":" in config.ray_address:  # Ray alone would try for minutes
+            socket.create_connection(config.ray_address.removeprefix("ray://").rsplit(":", 1), timeout=10).close()
         ray.init(config.ray_address, **options)
     except Exception as error:  # of many kinds
         raise startup.UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, terminate)  # Ray sets its own
+        signal.signal(signal.SIGTERM, terminate)  # Ray, in the main thread, sets its own
     ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each lost host
     try:
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        num_envs, groups = config.agents_per_thread, config.num_threads
-        threads = max([n for n in range(1, max(cpus) + 1) if sum(c // n for c in cpus) >= groups], default=1)
+        num_envs, groups, most = config.agents_per_thread, config.num_threads, max(cpus)
+        threads = max([1, *(n for n in range(1, most + 1) if sum(cpu // n for cpu in cpus) >= groups)])
         print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
-        make_envs = functools.partial(environment.make_training_envs, game, num_envs, max(1, max(cpus) // threads))
-        make_envs, limit = ray.cloudpickle.dumps(make_envs), 0.9 * config.stall_timeout  # before the watchdog's
-        yield functools.partial(HostedGames, make_envs, num_envs, threads, limit)
+        make_envs = functools.partial(environment.make_training_envs, game, num_envs, max(1, most // threads))
+        limit = 0.9 * config.stall_timeout  # names the host before the watchdog ends the run
+        yield functools.partial(HostedGames, ray.cloudpickle.dumps(make_envs), num_envs, threads, limit)
     finally:
         shutdown = threading.Thread(target=ray.shutdown, daemon=True)
         shutdown.start()
@@ -126,8 +121,8 @@ class HostedGames(gymnasium.vector.VectorEnv):
         return self._call("step", self.limit / 3, actions=actions)
 
     def _call(self, method: str, seconds: float, **words):
-        result = self.games.call.options(num_returns=self.pieces).remote(method, words, self.pieces)
-        return pickle.loads(b"".join(self._get(result, seconds)))
+        call = self.games.call.options(num_returns=self.pieces)
+        return pickle.loads(b"".join(self._get(call.remote(method, words, self.pieces), seconds)))
 
     def _get(self, result, seconds: float):
         try:
