@@ -22,21 +22,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import checkpoint
+import settings
 from async_agent import Progress
 from environment import Game, find_game
 from groups import Groups, run_folder
-from network import SharedNetwork
+from network import SharedNetwork, choose_dtype
 from report import Report
-from settings import (
-    Count,
-    CountOrZero,
-    Fraction,
-    Positive,
-    PositiveFraction,
-    PositiveOrZero,
-    check_settings,
-    parse_flags,
-)
+from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero
 from startup import UserError, tf
 
 
@@ -92,7 +84,7 @@ class Config:
 
     def __post_init__(self):
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
-        check_settings(self)
+        settings.check_settings(self)
         checkpoint.check_path("log_dir", self.log_dir)
 
     @property
@@ -148,7 +140,7 @@ def parse_config(flags: Sequence[str], **defaults) -> Config:
     preset.add_argument("--preset", choices=PRESETS, default="original")
     chosen, others = preset.parse_known_args(flags)
     about = f"{__doc__.splitlines()[0]}\n\n--preset {{{','.join(PRESETS)}}} sets other defaults."
-    return parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
+    return settings.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
 
 
 def given_to_run(folder: str) -> dict:
@@ -216,7 +208,7 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
         config.rmsprop_epsilon,
         config.filters,
         game.background if config.subtract_background else 0,
-        startup.choose_dtype(config.compute_dtype, device),
+        choose_dtype(config.compute_dtype, device),
     )
 
 

@@ -113,13 +113,11 @@ class Groups:
         for index in range(config.num_threads):
             if self._is_over():
                 return
-            agent = agent_class(index, make_envs, self.shared, self.progress, config, self._on_update)
-            self.agents.append(agent)
-            self.threads.append(
-                threading.Thread(target=agent.run, args=[self.coordinator, device], name=f"group {index}", daemon=True)
-            )
-        for thread in self.threads:
-            thread.start()
+            self.agents.append(agent_class(index, make_envs, self.shared, self.progress, config, self._on_update))
+        for agent in self.agents:
+            name, inputs = f"group {agent.index}", [self.coordinator, device]
+            self.threads.append(threading.Thread(target=agent.run, args=inputs, name=name, daemon=True))
+            self.threads[-1].start()
         for learning in range(config.num_threads + 1):
             while learning > sum(agent.steps > config.unroll_step for agent in self.agents):
                 if self._is_over():
@@ -159,11 +157,11 @@ class Groups:
         try:
             self.coordinator.join(self.threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)
         finally:
-            self.report.close()
-            if not self.progress.lock.acquire(timeout=SAVE_GRACE):
-                raise TimeoutError("a thread keeps the network locked; the checkpoint before this stays")
-            try:
-                self.saver.save()
-            finally:
-                self.progress.lock.release()
+            with contextlib.closing(self.report):  # after the save
+                if not self.progress.lock.acquire(timeout=SAVE_GRACE):
+                    raise TimeoutError("a thread keeps the network locked; the checkpoint before this stays")
+                try:
+                    self.saver.save()
+                finally:
+                    self.progress.lock.release()
             print("saved " + os.path.join(self.config.log_dir, LAST))

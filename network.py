@@ -6,7 +6,9 @@ Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"
 Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from environment import FRAME_SIZE, history_to_frames
@@ -14,6 +16,15 @@ from startup import tf
 
 WEIGHT_STDDEV = 0.02
 HIDDEN_UNITS = 256
+
+
+def choose_dtype(compute_dtype: str, device: str) -> str:
+    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    cpu = Path("/proc/cpuinfo")
+    fast = "CPU" in device and cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
+    return "bfloat16" if fast else "float32"
 
 
 class ActorCritic(tf.Module):
@@ -24,8 +35,8 @@ class ActorCritic(tf.Module):
       seed: of the initial weights.
       compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
       filters: of the first convolution; the second has twice as many.
-      background: grey level that is subtracted from the pixels. Where most of the screen is bright, this is needed:
-        else the first updates push most filters of the first convolution below zero everywhere, where they stop learning.
+      background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
+        updates push most filters of the first convolution below zero everywhere, where they stop learning.
     """
 
     def __init__(
@@ -172,9 +183,7 @@ class SharedNetwork(ActorCritic):
         self.filters, self.background = filters, background
         variables = self.trainable_variables
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
-        self.no_momenta = [
-            tf.Variable(tf.zeros_like(v), trainable=False) for v in variables
-        ]  # the operation wants them
+        self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # required, never used
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""

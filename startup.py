@@ -132,15 +132,6 @@ def choose_device(device: str, num_groups: int = 1) -> str:
     return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
 
 
-def choose_dtype(compute_dtype: str, device: str) -> str:
-    """Turn `auto` into bfloat16 where `device` is a CPU that multiplies it (AMX or AVX512-BF16), else into float32."""
-    if compute_dtype != "auto":
-        return compute_dtype
-    cpu = Path("/proc/cpuinfo")
-    fast = "CPU" in device and cpu.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", cpu.read_text())
-    return "bfloat16" if fast else "float32"
-
-
 class Background:
     """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
 

@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,10 @@ def ended(words, seconds=120, **options):
     return process.returncode, process.stdout, process.stderr
 
 
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.ckpt*")}
+
+
 def equal(one, other):
     return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
@@ -291,6 +296,17 @@ def config_of(folder):
 def trained_copy(trained, tmp_path):
     """Return a folder with a copy of the finished run `trained`."""
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+@contextlib.contextmanager
+def limited_files(size):
+    """Let a write beyond so many bytes of a file fail, as on a full disk, in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def own_mounts():
@@ -319,6 +335,7 @@ def tensorboard(folder):
 
 # The programs that are not modules of the package, and their pictures.
 
+SHIPPED = ROOT / "models/breakout-v0"
 _spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
 watching = sys.modules["watching"] = importlib.util.module_from_spec(_spec)  # tyro looks its source up
 _spec.loader.exec_module(watching)

@@ -3,13 +3,12 @@
 import errno
 import functools
 import re
-import resource
 import shutil
 import threading
 
 import numpy as np
 import pytest
-from conftest import ROOT, Resumable, equal
+from conftest import ROOT, Resumable, equal, files, limited_files
 
 import checkpoint
 from async_agent import Progress
@@ -27,10 +26,6 @@ def saved(tmp_path):
         run.save(iteration)
         states[iteration] = run.state()
     return run, states
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_resumed_run_has_all_that_was_saved_and_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -223,14 +218,12 @@ def test_weights_that_are_not_finite_are_never_saved(saved, tmp_path, value):
 
 @pytest.mark.row(n=6)
 def test_full_disk_raises_and_leaves_the_earlier_checkpoints(saved, tmp_path):
-    """A real limit on the size of files: beyond it a write fails as on a full disk."""
-    before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=f"^cannot save {tmp_path}/model.ckpt-40, earlier saves are intact: "):
-            saved[0].save(40)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    before = files(tmp_path)
+    with (
+        limited_files(100_000),
+        pytest.raises(UserError, match=f"^cannot save {tmp_path}/model.ckpt-40, earlier saves are intact: "),
+    ):
+        saved[0].save(40)
     assert files(tmp_path) == before
 
 

@@ -314,20 +314,24 @@ def test_two_machines_die_in_each_of_twenty_runs_and_no_score_is_wrong(cluster, 
             self.recounted[done] = 0
             return result
 
-    def wait_until_all_have_learnt():
-        goal, end = [agent.steps + 10 for agent in agents], time.monotonic() + 90
-        while any(agent.steps < steps for agent, steps in zip(agents, goal, strict=True)):
+    def wait_for(condition):
+        end = time.monotonic() + 90
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.1)
 
+    def wait_until_all_have_learnt():
+        goal = [agent.steps + 10 for agent in agents]
+        wait_for(lambda: all(agent.steps >= steps for agent, steps in zip(agents, goal, strict=True)))
+
     def kill_two():
         try:
-            while len(agents) < 3:
-                time.sleep(0.1)
+            wait_for(lambda: len(agents) == 3)
             wait_until_all_have_learnt()
             assert {agent.envs.host[-6:] for agent in agents} == {node.node_id[:6] for node in cluster.list_all_nodes()}
             for node in list(cluster.worker_nodes):
                 kill(cluster, node)
+                wait_for(lambda: all(agent.envs.host[-6:] != node.node_id[:6] for agent in agents))  # noqa: B023
                 wait_until_all_have_learnt()
             killed.set()
         finally:

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ended
 
 from benchmarks.common import read_rows
 from benchmarks.experiments import read_list, summary
@@ -22,11 +22,10 @@ def command(folder, text, *flags):
 
 
 def search(folder, text, *flags):
-    words = command(folder, text, *flags)
-    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert process.returncode == 0, process.stderr
+    status, printed, errors = ended(command(folder, text, *flags))
+    assert status == 0, errors
     with open(folder / "table.csv", newline="") as file:
-        return process.stdout, list(csv.DictReader(file))
+        return printed, list(csv.DictReader(file))
 
 
 def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_too(tmp_path):

@@ -30,7 +30,9 @@ from conftest import (
     checkpoints,
     command,
     ended,
+    files,
     last_iteration,
+    limited_files,
     newest,
     own_mounts,
     refusal,
@@ -163,15 +165,32 @@ def test_full_disk_ends_the_run_and_what_was_saved_is_resumed(tmp_path, size, sa
     assert "damaged" not in output
 
 
+@pytest.mark.row(n=6)
+@pytest.mark.row(n=36)
+def test_limit_on_file_size_ends_the_run_with_one_line_and_earlier_saves_untouched(trained_copy, main, monkeypatch):
+    before = files(trained_copy)
+    use_games(monkeypatch, *(ScriptedEnv(np.zeros([5, 4])) for _ in range(2)))
+    with limited_files(5_000_000):
+        line = refusal(main(f"--log_dir={trained_copy}", ENDLESS))
+    assert line.startswith(f"cannot save {trained_copy}/model.ckpt-")
+    assert ", earlier saves are intact: " in line
+    assert files(trained_copy) == before
+
+
 @pytest.mark.row(n=7)
-@pytest.mark.parametrize("name", [".lock", "config.json", "progress.csv", "per-eps", "/proc/a3c"])
-def test_wrong_kind_of_file_in_the_log_folder_is_an_error_before_training(tmp_path, main, no_training, name):
-    folder = tmp_path if name != "/proc/a3c" else name  # which the system refuses
-    if name == "per-eps":
-        (tmp_path / name).write_text("in place of a folder")
-    elif folder == tmp_path:
-        (tmp_path / name).mkdir()
-    assert str(folder) in refusal(main(f"--log_dir={folder}"))
+@pytest.mark.parametrize(
+    "folder, in_the_way",
+    [
+        *(("", name) for name in (".lock/", "config.json/", "progress.csv/", "per-eps")),
+        *((folder, "file") for folder in ("file", "file/below", "/proc/a3c")),
+    ],
+)
+def test_log_folder_that_cannot_be_used_is_an_error_before_training(tmp_path, main, no_training, folder, in_the_way):
+    if in_the_way.endswith("/"):
+        (tmp_path / in_the_way).mkdir()
+    else:
+        (tmp_path / in_the_way).touch()
+    assert str(tmp_path / folder) in refusal(main(f"--log_dir={tmp_path / folder}"))
 
 
 @pytest.mark.row(n=7)

@@ -12,14 +12,12 @@ import time
 import av
 import numpy as np
 import pytest
-from conftest import ROOT, Resumable, ScriptedEnv, config_of, ended, refusal, use_games, watching
+from conftest import ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, refusal, use_games, watching
 
 import a3c
 import checkpoint
 import environment
 from startup import UserError
-
-SHIPPED = ROOT / "models/breakout-v0"
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import SHIPPED
 
-SHIPPED = ROOT / "models/breakout-v0"
 HEADER = (SHIPPED / "progress.csv").read_text().splitlines()[0]
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import network
 import startup
 from startup import UserError, tf
 
@@ -50,9 +51,9 @@ def test_auto_computes_in_bfloat16_where_the_cpu_multiplies_it(monkeypatch, tmp_
     info = tmp_path / "cpuinfo"
     if flags:
         info.write_text(f"model name : a\nflags : {flags}\n")
-    monkeypatch.setattr(startup, "Path", {"/proc/cpuinfo": info}.get)
-    assert startup.choose_dtype("auto", device) == chosen
-    assert startup.choose_dtype("bfloat16", device) == "bfloat16"
+    monkeypatch.setattr(network, "Path", {"/proc/cpuinfo": info}.get)
+    assert network.choose_dtype("auto", device) == chosen
+    assert network.choose_dtype("bfloat16", device) == "bfloat16"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its library of kernels is for x86")

@@ -11,12 +11,10 @@ import av
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ROOT, refusal, watching
+from conftest import SHIPPED, refusal, watching
 
 from environment import history_to_frames, preprocess
 from startup import UserError, tf
-
-SHIPPED = ROOT / "models/breakout-v0"
 
 
 @pytest.mark.row(n=13)
