@@ -51,16 +51,16 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
     except Exception as error:  # of many kinds
         raise startup.UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, terminate)  # Ray, in the main thread, sets its own
+        if signal.getsignal(signal.SIGTERM) != terminate:  # Ray sets its own in the main thread
+            signal.signal(signal.SIGTERM, terminate)
     ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each lost host
     try:
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         num_envs, groups, most = config.agents_per_thread, config.num_threads, max(cpus)
         threads = max([1, *(n for n in range(1, most + 1) if sum(cpu // n for cpu in cpus) >= groups)])
         print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
-        make_envs = functools.partial(environment.make_training_envs, game, num_envs, max(1, most // threads))
-        limit = 0.9 * config.stall_timeout  # names the host before the watchdog ends the run
-        yield functools.partial(HostedGames, ray.cloudpickle.dumps(make_envs), num_envs, threads, limit)
+        make = functools.partial(environment.make_training_envs, game, num_envs, max(1, most // threads))
+        yield functools.partial(HostedGames, ray.cloudpickle.dumps(make), num_envs, threads, config.stall_timeout)
     finally:
         shutdown = threading.Thread(target=ray.shutdown, daemon=True)
         shutdown.start()
@@ -95,10 +95,10 @@ class HostLost(Exception):
 
 
 class HostedGames(gymnasium.vector.VectorEnv):
-    """B games on a host with `num_cpus`. `reset` waits for `limit` seconds for it, `step` for a third of them."""
+    """B games on a host with `num_cpus`. `make_envs` is pickled. A host is named before the watchdog's time is over."""
 
-    def __init__(self, make_envs: bytes, num_envs: int, num_cpus: int, limit: float):
-        self.make_envs, self.num_envs, self.num_cpus, self.limit = make_envs, num_envs, num_cpus, limit
+    def __init__(self, make_envs: bytes, num_envs: int, num_cpus: int, stall_timeout: float):
+        self.make_envs, self.num_envs, self.num_cpus, self.limit = make_envs, num_envs, num_cpus, 0.9 * stall_timeout
         self.pieces = 2 + num_envs * environment.FRAME_SIZE**2 // PIECE
         self.host = "none"
 

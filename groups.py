@@ -56,6 +56,20 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
         yield check
 
 
+@contextlib.contextmanager
+def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
+    """Yield the class of a group and what makes its games: in this process, or on hosts where `ray_address` is set."""
+    if config.ray_address is None:
+        yield GroupAgent, functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
+        return
+    try:
+        import environment_hosts
+    except ImportError as error:
+        raise UserError(f"ray_address: {error}. Run: pip install -r requirements-ray.txt") from error
+    with environment_hosts.connected(config, game) as make_envs:
+        yield environment_hosts.HostedAgent, make_envs
+
+
 @dataclasses.dataclass
 class Groups:
     """The groups that train one shared network, a thread each."""
@@ -79,7 +93,7 @@ class Groups:
         Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
         written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
-        with self._hosts(game) as (agent_class, make_envs):
+        with games_of(self.config, game) as (agent_class, make_envs):
             try:
                 self._start(agent_class, make_envs, device)
                 while not self._is_over():
@@ -91,21 +105,6 @@ class Groups:
 
     def _is_over(self) -> bool:
         return bool(self.signals) or self.coordinator.should_stop()
-
-    @contextlib.contextmanager
-    def _hosts(self, game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
-        """Yield the class of a group and what makes its games: in this process, or on the hosts of a cluster."""
-        config = self.config
-        if config.ray_address is None:
-            make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
-            yield GroupAgent, make_envs
-            return
-        try:
-            import environment_hosts
-        except ImportError as error:
-            raise UserError(f"ray_address: {error}. Run: pip install -r requirements-ray.txt") from error
-        with environment_hosts.connected(config, game) as make_envs:
-            yield environment_hosts.HostedAgent, make_envs
 
     def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
         """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""

@@ -7,8 +7,6 @@ through Ray, and adds the latency to every step.
 
 import argparse
 import heapq
-import re
-import sys
 import tempfile
 import time
 
@@ -65,25 +63,20 @@ def draw(path: str) -> None:
 
 def measure(flags: list[str], seconds: float) -> None:
     """Train through Ray on this machine with added latencies."""
-    from benchmarks.common import Child, read_rows
+    import a3c
+    from benchmarks.bench import Bench
+    from environment_hosts import HostedGames
+    from startup import tf
 
-    program = (
-        "import sys, time; sys.argv[0] = 'a3c.py'; import a3c, environment_hosts as hosts; "
-        "step = hosts.HostedGames.step; "
-        "hosts.HostedGames.step = lambda *words: time.sleep({}) or step(*words); sys.exit(a3c.main())"
-    )
-    for groups in (1, 2, 4):
+    config, step, added = a3c.parse_config(flags, ray_address="local"), HostedGames.step, 0.0
+    HostedGames.step = lambda games, actions: time.sleep(added) or step(games, actions)
+    game, device = a3c.game_and_device(config)
+    with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
+        bench = Bench(config, game, device, log_dir)
         for latency in (0, *LATENCIES):
-            with tempfile.TemporaryDirectory() as folder:
-                words = [sys.executable, "-c", program.format(latency / 1000), "--ray_address=local", "--device=cpu"]
-                words += [f"--num_threads={groups}", "--summary_period=10", f"--log_dir={folder}/log", *flags]
-                with Child(words, grace=10) as child:
-                    child.wait_for(lambda: re.search(f"{groups} of {groups} groups learn", child.printed()))  # noqa: B023
-                    time.sleep(seconds)
-                    rows = read_rows(f"{folder}/log/progress.csv")
-                    last = [row for row in rows if float(row["seconds"]) > float(rows[-1]["seconds"]) - seconds]
-                    steps, took = (float(last[-1][x]) - float(last[0][x]) for x in ("agent_steps", "seconds"))
-            print(f"{groups} groups, {latency} ms added: {steps / took:,.0f} agent steps/s", flush=True)
+            added = latency / 1000
+            rate = bench.measure_updates(bench.training_agents, seconds)
+            print(f"{config.num_threads} groups, {latency} ms added: {rate:,.0f} agent steps/s", flush=True)
 
 
 def main() -> None:
