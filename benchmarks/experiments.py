@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from benchmarks.common import REPOSITORY, read_rows
 
@@ -75,18 +76,51 @@ def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event
     own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
     flags = shlex.split(trial.flags) if "--preset" in trial.flags else [ANNEALING, *shlex.split(trial.flags)]
     command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags, *own]
-    with open(f"{log_dir}/output.txt", "a") as output:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
-    while process.poll() is None and not stop.wait(0.5):
-        pass
-    if stop.is_set():
-        process.terminate()  # it saves
-        process.wait()
+    status = follow(command, f"{log_dir}/output.txt", stop)
+    if status is None:
         return None
-    status = process.returncode
     cells = summary(read_rows(f"{log_dir}/progress.csv"), steps if status == 0 else 0)
     ended = "done" if status == 0 else f"failed with exit status {status}"
     return {**trial._asdict(), "cores": 1, **cells, "ended": ended}
+
+
+def follow(command: list[str], output: str, stop: threading.Event) -> int | None:
+    """Run a program to its end; return its exit status, or None where `stop` came first: it is told to end then."""
+    with open(output, "a") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True)
+    while process.poll() is None:
+        if stop.wait(0.5):
+            process.terminate()  # it saves
+            process.wait()
+            return None
+    return process.returncode
+
+
+def on_each_core(trials: list, run_trial: Callable[[Any, int, threading.Event], dict | None], add: Callable) -> None:
+    """Run the trials, one on each core at a time, until all have run or a signal comes; `add` gets each row."""
+    waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
+    for trial in trials:
+        waiting.put(trial)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+    def work(core: int) -> None:
+        while not stop.is_set():
+            try:
+                trial = waiting.get_nowait()
+            except queue.Empty:
+                return
+            print(f"core {core}: {trial}", flush=True)
+            if row := run_trial(trial, core, stop):
+                with lock:
+                    add(row)
+                print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+
+    workers = [threading.Thread(target=work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def main() -> None:
@@ -108,43 +142,24 @@ def main() -> None:
     have = {
         (r["name"], int(r["seed"])) for r in read_rows(arguments.out) if int(r["agent_steps"] or 0) >= arguments.steps
     }
-    waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
-    for trial in trials:
-        if (trial.name, trial.seed) not in have:
-            waiting.put(trial)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
-    def work(core: int) -> None:
-        while not stop.is_set():
-            try:
-                trial = waiting.get_nowait()
-            except queue.Empty:
-                return
-            print(f"core {core}: {trial.name}, seed {trial.seed}", flush=True)
-            log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
-            row = run(trial, log_dir, arguments.steps, core, stop)
-            if row:
-                with lock:
-                    write(arguments.out, row)
-                print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+    def run_trial(trial: Trial, core: int, stop: threading.Event) -> dict | None:
+        log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
+        return run(trial, log_dir, arguments.steps, core, stop)
 
-    workers = [threading.Thread(target=work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    trials = [trial for trial in trials if (trial.name, trial.seed) not in have]
+    on_each_core(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
 
 
-def write(path: str, row: dict) -> None:
+def write(path: str, row: dict, columns: list[str]) -> None:
     """Add a row, in place of the one that the same trial had with fewer steps."""
     same = (row["name"], str(row["seed"]))
     rows = [old for old in read_rows(path) if (old["name"], old["seed"]) != same]
-    with open(path + ".new", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    with open(f"{path}.new", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*rows, row])
-    os.replace(path + ".new", path)
+    os.replace(f"{path}.new", path)
 
 
 if __name__ == "__main__":

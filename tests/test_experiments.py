@@ -9,8 +9,9 @@ import time
 import pytest
 from conftest import ROOT, ended
 
+from benchmarks import games
 from benchmarks.common import read_rows
-from benchmarks.experiments import read_list, summary
+from benchmarks.experiments import Trial, read_list, summary, write
 
 TINY = "--num_threads=1 --agents_per_thread=2 --summary_period=2"  # rows of progress.csv: 20, 40, ... agent steps
 
@@ -80,3 +81,23 @@ def test_list_that_cannot_be_read_is_refused_with_its_line(tmp_path, text):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=text.split(":")[0]):
         read_list(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("status, ended", [(0, "done"), (3, "a3c-test.py failed with exit status 3"), (None, None)])
+def test_agent_of_a_game_is_played_as_it_was_trained_and_its_scores_join_the_row(tmp_path, monkeypatch, status, ended):
+    def play(command, output, stop):
+        assert {"--policy=softmax", "--iter=7", "--frameskip=4", f"--model={tmp_path}/Pong-2"} <= set(command)
+        (tmp_path / "Pong-2/played").mkdir(parents=True)
+        scores = '{"mean": 20.5, "standard_deviation": 0.5, "games": 7, "median": 21}'
+        (tmp_path / "Pong-2/played/results.json").write_text(scores)
+        return status
+
+    monkeypatch.setattr(games, "run", lambda trial, *_: {**trial._asdict(), "ended": "done"})
+    monkeypatch.setattr(games, "follow", play)
+    row = games.train_and_play(Trial("Pong", "--a", 2), str(tmp_path), 10, 7, 0, None)
+    if row is not None:
+        assert row["ended"] == ended
+        assert ("mean" in row) == (ended == "done")
+        write(tmp_path / "table.csv", row, games.COLUMNS)
+        assert read_rows(tmp_path / "table.csv")[0]["mean"] == ("20.5" if ended == "done" else "")
+    assert (row is None) == (ended is None)

@@ -1,0 +1,68 @@
+"""Train one preset on seven games, without a change for any, and score the agents: `python -m benchmarks.games`.
+
+The protocol is that of Stable-Baselines3's zoo: `NoFrameskip-v4` ids, frame-skip 4, the maximum of two frames, up to 30
+no-ops before a game, a lost life ends the return, 10 million agent steps; then 100 games by the softmax policy, raw
+scores. One run goes on each core at a time. What has a row in the table is not run again, what was stopped is resumed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+
+from benchmarks.common import read_rows
+from benchmarks.experiments import Trial, follow, on_each_core, run, write
+
+GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders")
+FRAMES = "--frameskip=4"
+FLAGS = f"--preset=fast {FRAMES} --max_pool=True --noop_max=30"
+FIGURES = ("mean", "standard_deviation", "games")  # of results.json
+COLUMNS = ["name", "seed", "agent_steps", "minutes", "cores", "1M", "5M", "10M", *FIGURES, "ended"]
+
+
+def train_and_play(trial: Trial, folder: str, steps: int, games: int, core: int, stop: threading.Event) -> dict | None:
+    """Train until `steps`, then play; return the row, or None where `stop` came first."""
+    log_dir = os.path.join(folder, f"{trial.name}-{trial.seed}")
+    row = run(trial, log_dir, steps, core, stop)
+    if not row or row["ended"] != "done":
+        return row
+    out = os.path.join(log_dir, "played")
+    play = ["a3c-test.py", f"--model={log_dir}", f"--out={out}", f"--iter={games}", "--policy=softmax", "--film=0"]
+    words = ["taskset", "-c", str(core), sys.executable, *play, FRAMES, "--device=cpu"]
+    status = follow(words, os.path.join(log_dir, "output.txt"), stop)
+    if status is None:
+        return None
+    if status:
+        return {**row, "ended": f"a3c-test.py failed with exit status {status}"}
+    with open(os.path.join(out, "results.json")) as file:
+        results = json.load(file)
+    return {**row, **{name: results[name] for name in FIGURES}}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--games", nargs="+", choices=GAMES, default=GAMES, metavar="GAME", help="all seven by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="to train each with (1)")
+    parser.add_argument("--steps", type=int, default=10_000_000, help="agent steps of each run (%(default)s)")
+    parser.add_argument("--play", type=int, default=100, help="games to score each agent by (%(default)s)")
+    parser.add_argument("--out", default="results/games.csv", help="table to add to (%(default)s)")
+    parser.add_argument("--log_dir", default="log/games", help="folder of the runs' folders (%(default)s)")
+    arguments = parser.parse_args()
+    have = {(row["name"], int(row["seed"])) for row in read_rows(arguments.out) if row["ended"] == "done"}
+    trials = [
+        Trial(game, f"{FLAGS} --game={game}NoFrameskip-v4", seed)
+        for seed in arguments.seeds
+        for game in arguments.games
+        if (game, seed) not in have
+    ]
+
+    def run_trial(trial: Trial, core: int, stop: threading.Event) -> dict | None:
+        return train_and_play(trial, arguments.log_dir, arguments.steps, arguments.play, core, stop)
+
+    on_each_core(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
