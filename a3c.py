@@ -45,10 +45,9 @@ class Config:
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
 
-    ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
-
     num_threads: Count = 4  # groups of games, each with a thread and a copy of the network
     agents_per_thread: Count = 64  # games in a group
+    ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
     unroll_step: Count = 5  # agent steps of each game per update
     max_agent_steps: Count = 320_000_000  # agent steps in all: the original's 1,000,000 updates
     max_iteration: Count | None = None  # updates in all; None is no limit
