@@ -48,6 +48,7 @@ class Config:
 
     num_threads: Count = 4  # groups of games, each with a thread and a copy of the network
     agents_per_thread: Count = 64  # games in a group
+    ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
     unroll_step: Count = 5  # agent steps of each game per update
     max_agent_steps: Count = 320_000_000  # agent steps in all: the original's 1,000,000 updates
     max_iteration: Count | None = None  # updates in all; None is no limit

@@ -56,6 +56,20 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
         yield check
 
 
+@contextlib.contextmanager
+def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
+    """Yield the class of a group and what makes its games: in this process, or on hosts where `ray_address` is set."""
+    if config.ray_address is None:
+        yield GroupAgent, functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
+        return
+    try:
+        import environment_hosts
+    except ImportError as error:
+        raise UserError(f"ray_address: {error}. Run: pip install -r requirements-ray.txt") from error
+    with environment_hosts.connected(config, game) as make_envs:
+        yield environment_hosts.HostedAgent, make_envs
+
+
 @dataclasses.dataclass
 class Groups:
     """The groups that train one shared network, a thread each."""
@@ -79,26 +93,26 @@ class Groups:
         Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
         written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
-        try:
-            self._start(game, device)
-            while not self._is_over():
-                self._watch()
-        finally:
-            self._stop()
+        with games_of(self.config, game) as (agent_class, make_envs):
+            try:
+                self._start(agent_class, make_envs, device)
+                while not self._is_over():
+                    self._watch()
+            finally:
+                self._stop()
         self.report.refresh()  # raises what could not be written
         return 128 + self.signals[0] if self.signals else 0
 
     def _is_over(self) -> bool:
         return bool(self.signals) or self.coordinator.should_stop()
 
-    def _start(self, game: Game, device: str) -> None:
+    def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
         """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""
         config = self.config
-        make_envs = functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
         for index in range(config.num_threads):
             if self._is_over():
                 return
-            self.agents.append(GroupAgent(index, make_envs, self.shared, self.progress, config, self._on_update))
+            self.agents.append(agent_class(index, make_envs, self.shared, self.progress, config, self._on_update))
         for agent in self.agents:
             name, inputs = f"group {agent.index}", [self.coordinator, device]
             self.threads.append(threading.Thread(target=agent.run, args=inputs, name=name, daemon=True))

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 import a3c
 from async_agent import GroupAgent, Progress
 from benchmarks.common import first_update, hardware, spread, train
-from environment import FRAME_SIZE, Game, make_training_envs
+from environment import FRAME_SIZE, Game
+from groups import games_of
 from report import Report
 from settings import LARGEST
 from startup import tf
@@ -60,16 +61,17 @@ class Bench:
         shared = a3c.make_network(config, game, device)
         self.times = []  # of updates
 
-        def agents(all_envs):
+        def agents(agent_class, all_envs):
             return [
-                GroupAgent(index, lambda envs=envs: envs, shared, self.progress, self.config, self.on_update)
+                agent_class(index, lambda envs=envs: envs, shared, self.progress, self.config, self.on_update)
                 for index, envs in enumerate(all_envs)
             ]
 
-        groups = range(config.num_threads)
-        self.envs = [make_training_envs(game, config.agents_per_thread, config.num_threads) for _ in groups]
-        self.training_agents = agents(self.envs)
-        self.network_agents = agents([StillEnvs(config.agents_per_thread) for _ in groups])
+        self.hosts, groups = contextlib.ExitStack(), range(config.num_threads)
+        agent_class, make_envs = self.hosts.enter_context(games_of(self.config, game))
+        self.envs = [make_envs() for _ in groups]
+        self.training_agents = agents(agent_class, self.envs)
+        self.network_agents = agents(GroupAgent, [StillEnvs(config.agents_per_thread) for _ in groups])
         self.num_actions = game.num_actions
 
     def on_update(self, losses) -> None:
