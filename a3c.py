@@ -183,11 +183,10 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games{ignored}")
         elif config.initial_model:
             initial = checkpoint.resolve(config.initial_model)
-            print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
+            print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates, all else is new")
         _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
-            limits = f"max_agent_steps = {config.max_agent_steps:,}, max_iteration = {config.max_iteration}"
-            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; {limits}")
+            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps, as asked for")
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)
