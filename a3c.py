@@ -186,7 +186,7 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates, all else is new")
         _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
-            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps, as asked for")
+            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps are enough")
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)
