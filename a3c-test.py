@@ -151,15 +151,15 @@ def write_results(path: str, about: dict, games: list[tuple]) -> dict:
     columns = {name: [game[i] for game in games] for i, name in enumerate(("scores", "lives_lost_at", "seeds"))}
     names = {"mean": np.mean, "standard_deviation": np.std, "median": np.median, "maximum": np.max, "minimum": np.min}
     summary = {name: round(float(function(columns["scores"])), 2) for name, function in names.items() if games}
-    checkpoint.write_json(path, {**about, "games": len(games), **summary, **columns})
+    settings.write_json(path, {**about, "games": len(games), **summary, **columns})
     return summary
 
 
 def watch(flags: Flags, signals: Sequence[int]) -> None:
     """Load, play, print, write. Stop before the end once a signal is in `signals`."""
     model, out = checkpoint.resolve(flags.model), os.path.expanduser(flags.out)
-    config_path = os.path.join(os.path.dirname(model), checkpoint.CONFIG)
-    config = {} if flags.game and not os.path.exists(config_path) else checkpoint.read_config(config_path)
+    config_path = os.path.join(os.path.dirname(model), settings.CONFIG)
+    config = {} if flags.game and not os.path.exists(config_path) else settings.read_config(config_path)
     as_trained = {name: config[name] for name in ("max_pool", "noop_max", "fire_reset") if name in config}
     game = find_game(flags.game or config["game"], flags.frameskip, **as_trained)
     device = startup.choose_device(flags.device)
@@ -169,7 +169,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         print(f"{game.id}, {model} after {iteration:,} updates, {flags.policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": flags.frameskip}
-        about |= {**as_trained, "versions": startup.versions()}
+        about |= {**as_trained, "versions": settings.versions()}
 
         of_original = checkpoint.is_original(model)
         open_game = open_window if flags.render else make_watching_env

@@ -4,8 +4,8 @@ Four threads each play 64 games for 5 steps on their own copy of one network, tu
 the shared network without waiting for the others, and copy its weights back. The threads' loop is in `async_agent.py`,
 the network and its update in `network.py`, starting and stopping in `groups.py`.
 
-A second run in the same log folder resumes the first, with the settings that flags or a preset gave to the first. A new
-flag or an edited default beats them and is reported; `config.json` keeps what was before in its `history`.
+A second run in the same log folder resumes the first, with the settings that flags or a preset gave it. Only a new flag
+changes those; an edited default counts for all others. Changes are reported and noted in `config.json`.
 
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning"; hiwonjoon/tf-a3c-gpu.
 """
@@ -36,12 +36,12 @@ from startup import UserError, tf
 class Config:
     """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip None`.
 
-    An agent step is one action in one game. An update is made of `steps_per_update` of them, by default 64 games * 5
-    steps = 320, which are 960 emulator frames of Breakout-v0. The original counted updates, and called them iterations.
+    An agent step is one action in one game. 64 games * 5 steps make an update of 320 agent steps, which are 960 emulator
+    frames of Breakout-v0. The original counted updates, and called them iterations.
     """
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
-    log_dir: str = ""  # folder of the run, `~` is yours; empty means log/<game>
+    log_dir: str = ""  # folder of the run, `~` is your home; empty means log/<game>
     initial_model: str = ""  # checkpoint, or folder of a run, whose weights a new run begins with; empty means random
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
@@ -53,37 +53,38 @@ class Config:
     max_agent_steps: Count = 320_000_000  # agent steps in all: the original's 1,000,000 updates
     max_iteration: Count | None = None  # updates in all; None is no limit
     frameskip: Count | None = None  # emulator frames per agent step; None is the game's own
-    random_frameskip: bool = False  # draw it anew for every step where the game's id does; else it is the mean
+    random_frameskip: bool = False  # draw it at random for each step, if the game's id does so; False takes its mean
     max_pool: bool = False  # a frame is the maximum of a step's last two: shows what flickers (ALE/Asteroids-v5)
-    noop_max: CountOrZero = 0  # most emulator frames without an action before a game begins, drawn anew for each
-    fire_reset: bool = False  # the first of them, and at least one, presses FIRE where the game has that
-    discount_factor: PositiveFraction = 0.99  # of the reward one agent step later
-    gae_lambda: Fraction = 1.0  # of generalised advantage estimation in an unroll; 1 is the plain n-step return
-    life_loss_ends_return: bool = False  # no reward after a lost life counts for what was done before it
-    reward_clip: Positive | None = 1.0  # learn from rewards clipped to -1..1; None learns from raw scores
+    noop_max: CountOrZero = 0  # before a game do nothing for a random number of emulator frames, up to this
+    fire_reset: bool = False  # press FIRE once at the start of each game, if it has that
+    discount_factor: PositiveFraction = 0.99  # gamma: what a reward one agent step later counts for
+    gae_lambda: Fraction = 1.0  # lambda of generalised advantage estimation; 1 is the plain n-step return
+    life_loss_ends_return: bool = False  # a lost life ends the return as if the game were over; it goes on
+    reward_clip: Positive | None = 1.0  # learn from rewards clipped to -this..this; None: raw scores
 
     learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
-    annealing_steps: Count | None = None  # agent steps over which it falls; None is half of max_agent_steps
+    annealing_steps: Count | None = None  # agent steps over which the rate falls; None is half of max_agent_steps
     anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
-    grad_clip: Positive | None = 0.1  # most L2 norm per element, for each tensor of a gradient; None turns it off
-    global_clip: Positive | None = None  # most L2 norm of all gradients together; None turns it off
+    grad_clip: Positive | None = 0.1  # limit of each gradient tensor's L2 norm / number of elements; None: no limit
+    global_clip: Positive | None = None  # limit of the L2 norm of all gradients together; None: no limit
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
-    subtract_background: bool = False  # take the grey level of most of the screen off the pixels (Pong's is bright)
-    filters: Count = 32  # of the first convolution; the second has twice as many
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the threads' copies; auto is what is faster
+    subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
+    filters: Count = 32  # filters of the first convolution; the second has twice as many
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
+
     save_steps: Count = 6_400_000  # agent steps between checkpoints; the newest three are kept
-    save_minutes: Positive = 10.0  # most minutes between checkpoints, whatever save_steps
+    save_minutes: Positive = 10.0  # save at least this often, in minutes
     summary_period: Count = 100  # updates between lines of the report, of progress.csv and of TensorBoard
-    stall_timeout: Positive = 300.0  # seconds without a step of some group after which the run is saved and ended
+    stall_timeout: Positive = 300.0  # save and end the run if a group makes no step for so many seconds
 
     def __post_init__(self):
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
         settings.check_settings(self)
-        checkpoint.check_path("log_dir", self.log_dir)
+        settings.check_path("log_dir", self.log_dir)
 
     @property
     def folder(self) -> str:
@@ -137,17 +138,17 @@ def parse_config(flags: Sequence[str], **defaults) -> Config:
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=PRESETS, default="original")
     chosen, others = preset.parse_known_args(flags)
-    about = f"{__doc__.splitlines()[0]}\n\n--preset {{{','.join(PRESETS)}}} sets other defaults."
+    about = f"Train an agent by A3C. --preset {{{','.join(PRESETS)}}} sets the defaults of a new run."
     return settings.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
 
 
 def given_to_run(folder: str) -> dict:
     """Return the settings that the run in a folder was given by flags or a preset; nothing where there is no run."""
-    path = os.path.join(folder, checkpoint.CONFIG)
+    path = os.path.join(folder, settings.CONFIG)
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
         return {}
-    saved = checkpoint.read_config(path)
-    for name, was in {"annealing_steps": "annealing", "save_steps": "save_period"}.items():  # once counted updates
+    saved = settings.read_config(path)
+    for name, was in {"annealing_steps": "annealing", "save_steps": "save_period"}.items():  # which counted updates
         if saved.get(was):
             saved[name] = saved[was] * saved["agents_per_thread"] * saved["unroll_step"]
     names = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
@@ -186,7 +187,9 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates, all else is new")
         _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
-            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps are enough")
+            print(
+                f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps: raise a limit"
+            )
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)
@@ -214,20 +217,20 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
 
 def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
     """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
-    path = os.path.join(config.log_dir, checkpoint.CONFIG)
-    new, history = {**dataclasses.asdict(config), "versions": startup.versions()}, []
-    given = [field.name for field in dataclasses.fields(config) if new[field.name] != field.default]
-    print("not at their defaults: " + ", ".join(f"{name} = {new[name]}" for name in given))
+    path = os.path.join(config.log_dir, settings.CONFIG)
+    new, history = {**dataclasses.asdict(config), "versions": settings.versions()}, []
+    given = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
+    print("settings that differ from the defaults: " + ", ".join(f"{name} = {new[name]}" for name in given))
     if resuming and os.path.exists(path):
-        old = checkpoint.read_config(path)
+        old = settings.read_config(path)
         if old["game"] != config.game:
             raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
         history = old.get("history", [])
-        if was := {name: old[name] for name in new if old.get(name, new[name]) != new[name]}:  # until now
+        if was := {name: old[name] for name in new if old.get(name, new[name]) != new[name]}:
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    checkpoint.write_json(path, {**new, "given": given, "history": history})
+    settings.write_json(path, {**new, "given": given, "history": history})
 
 
 def main() -> int:

@@ -77,7 +77,7 @@ class GroupAgent:
       on_update: called with this update's losses while the lock is held.
     """
 
-    building = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
+    build_lock = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class GroupAgent:
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; kept where a lost life ends the return
-        # For the actions and for each game. A resumed run plays on, it does not play again.
+        # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
         entropy = np.random.SeedSequence([config.random_seed, progress.iteration, index])
         self.seeds = entropy.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
-        self.alive_at = math.inf  # time of the last sign of life, once it is this group's turn; the watchdog reads it
+        self.alive_at = math.inf  # time of the last step; infinity until the group's turn to build
         self.failure = None  # what the games raised
-        # One graph of each, for good: two threads that trace at once disturb each other.
+        # Traced now, in the main thread, and never again: two threads that trace at once disturb each other.
         history, seed, scalar = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
         self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, seed, scalar)
@@ -111,7 +111,7 @@ class GroupAgent:
         """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
         with coordinator.stop_on_exception(), tf.device(device):
             try:
-                with self.building:
+                with self.build_lock:
                     self.alive_at = time.monotonic()
                     if not coordinator.should_stop():
                         self.envs = self.make_envs()
@@ -134,7 +134,7 @@ class GroupAgent:
             self.network.copy_from(self.shared)
 
     def iterate(self) -> None:
-        """Play T steps in each game and update the shared network once.
+        """Play `unroll_step` (T) steps in each game and update the shared network once.
 
         Raises:
           FloatingPointError: logits or losses are not finite; the shared network is as it was before.
@@ -146,7 +146,7 @@ class GroupAgent:
             self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
         except tf.errors.OpError:
             if self.failure:
-                raise self.failure from None  # itself, not TensorFlow's account of it
+                raise self.failure from None  # the original, not TensorFlow's wrapper
             raise
         losses = Losses(*map(float, losses.numpy()))
         if not np.all(np.isfinite(losses)):
@@ -204,7 +204,7 @@ class GroupAgent:
             try:
                 return self.step(action)
             except BaseException as error:
-                self.failure = error  # TensorFlow will raise an account of it
+                self.failure = error  # TensorFlow wraps it in an error of its own
                 raise
 
         with tf.device("/CPU:0"):

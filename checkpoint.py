@@ -11,42 +11,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 import original
 from async_agent import Progress
 from network import ActorCritic, SharedNetwork
+from settings import check_path
 from startup import UserError, reason, refusing, tf
 
 KEEP = 3  # numbered checkpoints that stay in a folder
-CONFIG, LAST, NUMBERED = "config.json", "last.ckpt", "model.ckpt-"
+LAST, NUMBERED = "last.ckpt", "model.ckpt-"
 DATA, INDEX = ".data-00000-of-00001", ".index"  # the two files of a checkpoint
-
-
-def read_config(path: str) -> dict:
-    """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
-    try:
-        config = json.loads(Path(path).read_text())
-        config["game"]  # the one key that everything needs
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def write_json(path: str, content: dict) -> None:
-    """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
-    with refusing(f"cannot write {path}"):
-        unfinished = Path(path).with_name(".unfinished.json")
-        unfinished.write_text(json.dumps(content, indent=2))
-        unfinished.replace(path)
-
-
-def check_path(name: str, path: str) -> None:
-    """Raise UserError where TensorFlow takes a path for a pattern, or cannot say it because it is not UTF-8."""
-    if any(character in "*?[]\\\0" or "\ud800" <= character <= "\udfff" for character in path):
-        raise UserError(f"{name} = {path!r}: must be a path in UTF-8 without any of * ? [ ] \\")
 
 
 class Saver:
@@ -166,7 +142,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
         if was != now and name == "weights/policy" and was and now:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
-            why = "Was it trained with another --preset, --filters or --subtract_background?"
+            why = "Leave out the --preset, --filters or --subtract_background that changes it, or give a new --log_dir"
             raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 

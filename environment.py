@@ -39,7 +39,7 @@ class Game(NamedTuple):
     max_frames: int  # emulator frames after which a game is cut off
     frameskip: int  # emulator frames per agent step in training, or their mean
     frameskip_range: tuple[int, int] | None  # (low, high), both included, where the id draws it at random
-    random_frameskip: bool  # whether training draws it too
+    random_frameskip: bool  # whether training draws the frame-skip at random, too
     max_pool: bool = False  # whether a frame is the maximum of the last two of its step
     noop_max: int = 0  # most emulator frames without an action before a game begins, drawn anew for each
     fire_reset: bool = False  # whether the first of them presses FIRE, where the game has that
@@ -77,7 +77,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
         frameskip_range = (frameskip[0], frameskip[1] - 1)
         frameskip = round(sum(frameskip_range) / 2)
     random_frameskip = random_frameskip and frameskip_range is not None
-    single_frames = random_frameskip or frameskip == 1  # is what the games in C++ are asked for
+    single_frames = random_frameskip or frameskip == 1  # AtariVectorEnv is asked for a frame-skip of 1
     if single_frames and start_and_frames.get("max_pool"):
         raise UserError(f"max_pool = True: {game_id} would be played frame by frame here; set frameskip = 2 or more")
     env = _make(game_id)
@@ -98,7 +98,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
 
 
 def _background(env: gymnasium.Env) -> int:
-    """Return the median grey level of a game's screen after 20 steps: Pong's first screens have another one."""
+    """Return the median grey level of a game's screen after 20 steps: Pong's first screens differ."""
     screen, _ = env.reset(seed=0)
     for _ in range(20):
         screen, *_ = env.step(0)
@@ -123,7 +123,7 @@ def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.
         grayscale=True,
         stack_num=1,  # the history is kept beside the network, so that only the newest frame travels
         maxpool=game.max_pool,
-        noop_max=game.noop_max + 1,  # it draws less than this
+        noop_max=game.noop_max + 1,  # it draws 0..noop_max - 1
         use_fire_reset=game.fire_reset,
         reward_clipping=False,  # its default hides the score
         autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,

@@ -1,4 +1,4 @@
-"""A run has its folder for itself; its groups: start a thread for each, watch over them, stop them, save last."""
+"""Lock the folder of a run; start a thread for each group of games, watch over them, stop them, save at the end."""
 
 import contextlib
 import dataclasses
@@ -107,7 +107,7 @@ class Groups:
         return bool(self.signals) or self.coordinator.should_stop()
 
     def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
-        """Start a thread for each group: they build their games in turn, and each learns as soon as its own stand."""
+        """Start a thread for each group: they build their games in turn, and each learns once its own are built."""
         config = self.config
         for index in range(config.num_threads):
             if self._is_over():
@@ -125,7 +125,7 @@ class Groups:
             tqdm.write(f"building games: {learning} of {config.num_threads} groups learn")
 
     def _on_update(self, losses: Losses) -> None:
-        """Called by each thread after its update, with the lock held, so that rows and saves fall on their number."""
+        """Called by each thread after its update, with the lock held, so that rows and saves come at exact counts."""
         self.report.count_update(losses)
         now, config = time.monotonic(), self.config
         reached_multiple = self.progress.agent_steps % config.save_steps < config.steps_per_update
@@ -151,7 +151,7 @@ class Groups:
             raise TimeoutError(f"{name} has not taken a step for {limit:.0f} s")
 
     def _stop(self) -> None:
-        """Stop all threads and save whatever happened; only then speak. Raises what went wrong in a thread."""
+        """Stop all threads and save whatever happened; print after that. Raises what went wrong in a thread."""
         self.coordinator.request_stop()
         try:
             self.coordinator.join(self.threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)

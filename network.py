@@ -28,7 +28,7 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
 
 
 class ActorCritic(tf.Module):
-    """Two convolutions and a hidden layer under a policy head and a value head.
+    """Two convolutions and a hidden layer, followed by a policy head and a value head.
 
     Args:
       num_actions: A.
@@ -58,7 +58,7 @@ class ActorCritic(tf.Module):
             initial = tf.cast(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
-        if background:  # a bias of the pixels, so that a checkpoint knows it; not trained
+        if background:  # added to the pixels; a variable, so that checkpoints hold it
             self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
 
     def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -66,8 +66,8 @@ class ActorCritic(tf.Module):
         x = tf.cast(history_to_frames(history), self.compute_dtype)
         w, b = self.weights, self.biases
         x = x + b["input"] if "input" in b else x
-        # oneDNN computes the gradient of `bias_add` along with that of the convolution. But in bfloat16, wherever that
-        # does not happen, it is summed in bfloat16, and half of it is lost.
+        # oneDNN computes the gradient of `bias_add` along with that of the convolution. Where it does not, the gradient
+        # is summed in the type of the layer, and in bfloat16 up to half of it is lost. So `tf.add` is used there.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
@@ -84,7 +84,7 @@ class ActorCritic(tf.Module):
 
 
 class Losses(NamedTuple):
-    """What one update minimised, scalars. Entropy is positive, and the loss contains minus `entropy_beta` times it."""
+    """Scalars reported of one update. Entropy is positive, and the loss contains minus `entropy_beta` times it."""
 
     policy_loss: float
     value_loss: float
@@ -95,7 +95,7 @@ class Losses(NamedTuple):
 def draw_action(logits: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Draw an action [B] int32 for each game from logits [B, A]; the same seed, [2] int32, draws the same actions.
 
-    Logits none of which is finite give actions out of range.
+    If no logit is finite, the actions are out of range.
     """
     return tf.squeeze(tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32), axis=1)
 

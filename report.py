@@ -40,7 +40,7 @@ LINE = (
 
 
 class Report:
-    """Reports one run. Its files are written in the background: training does not notice where that fails or waits.
+    """Reports one run. Its files are written in the background: slow writing never delays training.
 
     The groups' threads call `count_update`, the main thread everything else.
     """
@@ -48,7 +48,7 @@ class Report:
     def __init__(self, config: "Config", progress: Progress, check_folder=lambda: None):
         self.config, self.progress, self.check_folder = config, progress, check_folder
         self.losses = []  # of the updates since the last row
-        self.last_row = None  # (when, agent steps); until there is one, those of the first update
+        self.since = None  # (time, agent steps) of the last row; at first, of the first update
         folder = Path(config.log_dir)
         path, unfinished = folder / "progress.csv", folder / "progress.csv.new"
         with refusing(f"cannot write the report in {folder}"):
@@ -68,15 +68,15 @@ class Report:
         """Take the losses of an update; report every `summary_period` updates. The caller holds the progress lock."""
         progress, now = self.progress, time.monotonic()
         self.losses.append(losses)
-        self.last_row = self.last_row or (now, progress.agent_steps)
+        self.since = self.since or (now, progress.agent_steps)
         if progress.iteration % self.config.summary_period == 0:
             row = self._make_row(now)
             self.background.write(lambda: self._write(row))
-            self.losses, self.last_row = [], (now, progress.agent_steps)
+            self.losses, self.since = [], (now, progress.agent_steps)
 
     def _make_row(self, now: float) -> dict[str, float]:
         progress, scores = self.progress, self.progress.recent_scores()
-        then, steps_then = self.last_row
+        then, steps_then = self.since
         return {
             "iteration": progress.iteration,
             "agent_steps": progress.agent_steps,
@@ -95,7 +95,7 @@ class Report:
             self._add_to_table([row])
             for x_axis, file in self.curves.items():
                 _add_event(file, row[x_axis], summary=_points(row))
-        tqdm.write(LINE.format(**row))
+        tqdm.write(LINE.format(**row).replace("nan", "-"))
 
     def _add_to_table(self, rows: list[dict[str, float]]) -> None:
         csv.writer(self.table).writerows([f"{row[column]:.10g}" for column in COLUMNS] for row in rows)
@@ -136,7 +136,7 @@ def _points(row: dict[str, float]) -> dict:
 
 
 def _begin_curves(folder: Path, x_axis: str, rows: list[dict[str, float]]) -> tf.io.TFRecordWriter:
-    """Begin a file of TensorBoard that takes back what a killed run has shown after the last of `rows`."""
+    """Begin a file of TensorBoard that hides what a killed run wrote after the last of `rows`."""
     folder.mkdir(exist_ok=True)
     file = tf.io.TFRecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}"))
     last = rows[-1][x_axis] if rows else 0

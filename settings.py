@@ -1,14 +1,19 @@
-"""Settings are the fields of a dataclass: bounds that stand with their types, a check, a flag for each."""
+"""Settings are the fields of a dataclass: their types hold their bounds, each is a flag, and config.json keeps them."""
 
+import importlib.metadata
+import json
 import math
 import os
+import platform
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from startup import UserError
+from startup import UserError, refusing
 
-LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on
+CONFIG = "config.json"  # in the folder of a run or of a shipped agent
+LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on, after small numbers have been added
 
 
 class Bounds(NamedTuple):
@@ -58,7 +63,37 @@ def parse_flags(default, flags: Sequence[str], about: str):
 
     Values are written as in Python. A wrong flag ends the program with status 2 and a message that names it.
     """
-    import tyro  # not above, where it is not known yet whether it is installed
+    import tyro  # imported late, so that a missing package gets the message of startup.py
 
     options = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
     return tyro.cli(type(default), default=default, args=flags, description=about, **options)
+
+
+def read_config(path: str) -> dict:
+    """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
+    try:
+        config = json.loads(Path(path).read_text())
+        config["game"]  # the one key that everything needs
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
+    with refusing(f"cannot write {path}"):
+        unfinished = Path(path).with_name(".unfinished.json")
+        unfinished.write_text(json.dumps(content, indent=2))
+        unfinished.replace(path)
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise UserError for a path that TensorFlow would take for a pattern, or that is not UTF-8."""
+    if any(character in "*?[]\\\0" or "\ud800" <= character <= "\udfff" for character in path):
+        raise UserError(f"{name} = {path!r}: must be a path in UTF-8 without any of * ? [ ] \\")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    packages = ("tensorflow", "gymnasium", "ale-py", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import math
 import os
-import platform
 import queue
 import re
 import signal
@@ -25,7 +24,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, si
 
 
 class UserError(ValueError):
-    """A refusal of this program; its message says in one line what to change. All else shows Python's own traceback."""
+    """A refusal of this program; the message says in one line what to change. All other errors show a traceback."""
 
 
 @contextlib.contextmanager
@@ -62,7 +61,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # else off where the CPU la
 
 
 def __getattr__(name: str):
-    """Import TensorFlow at the first `from startup import tf`: plot.py does without it, in a second instead of six."""
+    """Import TensorFlow at the first `from startup import tf` (a hook of Python): plot.py does without."""
     global tf
     if name != "tf":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -104,7 +103,7 @@ def available_cores() -> int:
 def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device; set TensorFlow up for it and for the groups.
 
-    TensorFlow sees no other GPU then. Already at work, it stays as it is. Raises UserError: there is no such device.
+    TensorFlow sees no other GPU then. If at work already, it stays as it is. Raises UserError: no such device.
     """
     if not re.fullmatch(r"auto|cpu|gpu(:\d+)?", device.lower()):
         raise UserError(f"device = {device!r}: must be auto, cpu, gpu or gpu:N")
@@ -192,9 +191,3 @@ def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
         errors.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result depends on."""
-    packages = ("tensorflow", "gymnasium", "ale-py", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -6,7 +6,7 @@ still frame. Where the network shares the cores with the environments, one agent
 each: ceiling = 1 / (1 / environments + 1 / network). On a GPU the ceiling is the smaller of the two.
 """
 
-import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
+import startup  # isort: skip  # noqa: F401  # first: it checks the packages and sets TensorFlow up
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ from benchmarks.common import first_update, hardware, spread, train
 from environment import FRAME_SIZE, Game
 from groups import games_of
 from report import Report
-from settings import LARGEST
+from settings import LARGEST, versions
 from startup import tf
 
 WARM_UP_UPDATES = 8  # of each group, not counted
@@ -194,7 +194,7 @@ def main() -> None:
         start = {"seconds_to_first_update": round(first_update(flags), 1)}
         with tf.device(device):
             results = {**measure(config, game, device, arguments.seconds, arguments.rounds), **start}
-    results |= {"game": game.id, "device": device.strip("/"), "hardware": hardware(), "versions": startup.versions()}
+    results |= {"game": game.id, "device": device.strip("/"), "hardware": hardware(), "versions": versions()}
     for name, value in results.items():
         print(f"{name:30} {f'{value:>10,}' if isinstance(value, (int, float)) else value}")
     if arguments.json:

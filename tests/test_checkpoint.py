@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, Resumable, equal, files, limited_files
 
 import checkpoint
+import settings
 from async_agent import Progress
 from checkpoint import DATA, INDEX
 from startup import UserError, tf
@@ -247,7 +248,7 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
     [
         ({}, {"num_actions": 6}, "of a game with 4 actions; this one has 6"),
         ({"num_actions": 18}, {}, "of a game with 18 actions; this one has 4"),
-        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Was it trained with another --preset"),
+        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Leave out the --preset"),
         ({"background": 0}, {"background": 87}, "of another network: biases/input .*--subtract_background"),
         ({"background": 87}, {"background": 0}, "of another network: biases/input .*--subtract_background"),
     ],
@@ -283,4 +284,4 @@ def test_config_that_is_missing_or_damaged_is_named(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
-        checkpoint.read_config(str(path))
+        settings.read_config(str(path))
