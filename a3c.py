@@ -36,8 +36,8 @@ from startup import UserError, tf
 class Config:
     """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip None`.
 
-    An agent step is one action in one game. 64 games * 5 steps make an update of 320 agent steps, which are 960 emulator
-    frames of Breakout-v0. The original counted updates, and called them iterations.
+    An agent step is one action in one game. 64 games * 5 steps make an update of 320 agent steps, 960 emulator frames of
+    Breakout-v0. The original counted updates, and called them iterations.
     """
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
@@ -188,7 +188,7 @@ def _train(config: Config, signals: list[int]) -> int:
         _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
             print(
-                f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps: raise a limit"
+                f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; raise limits"
             )
             return 0
         report = Report(config, progress, check)
@@ -204,14 +204,10 @@ def game_and_device(config: Config) -> tuple[Game, str]:
 
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     """Return the network to train, with its initial weights."""
+    background = game.background if config.subtract_background else 0
+    dtype = choose_dtype(config.compute_dtype, device)
     return SharedNetwork(
-        game.num_actions,
-        config.decay,
-        config.random_seed,
-        config.rmsprop_epsilon,
-        config.filters,
-        game.background if config.subtract_background else 0,
-        choose_dtype(config.compute_dtype, device),
+        game.num_actions, config.decay, config.random_seed, config.rmsprop_epsilon, config.filters, background, dtype
     )
 
 
@@ -226,7 +222,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
         if old["game"] != config.game:
             raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
         history = old.get("history", [])
-        if was := {name: old[name] for name in new if old.get(name, new[name]) != new[name]}:
+        if was := {k: old[k] for k in new if old.get(k, new[k]) != new[k] and k != "log_dir"}:
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
