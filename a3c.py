@@ -36,7 +36,7 @@ from startup import UserError, tf
 class Config:
     """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip None`.
 
-    An agent step is one action in one game. 64 games * 5 steps make an update of 320 agent steps, 960 emulator frames of
+    An agent step is one action in one game. An update has 64 games * 5 steps = 320 of them, 960 emulator frames of
     Breakout-v0. The original counted updates, and called them iterations.
     """
 
