@@ -46,7 +46,7 @@ class Flags:
     policy: Literal["greedy", "softmax"] = "greedy"  # the likeliest action, or one drawn from the policy
     epsilon: settings.Fraction = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
     seed: settings.CountOrZero = 0  # game i is played with seed + i
-    frameskip: settings.Count | None = None  # emulator frames per agent step; None is the game's own, be it random
+    frameskip: settings.Count | None = None  # emulator frames per agent step; None is the run's, else the game's own
     film: settings.CountOrZero = 1  # games in the video, from the first one on
     explain: bool = False  # the video also shows what the agent sees, chooses and expects
     render: bool = False  # show ALE's window, at the speed of the console
@@ -161,14 +161,15 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     config_path = os.path.join(os.path.dirname(model), settings.CONFIG)
     config = {} if flags.game and not os.path.exists(config_path) else settings.read_config(config_path)
     as_trained = {name: config[name] for name in ("max_pool", "noop_max", "fire_reset") if name in config}
-    game = find_game(flags.game or config["game"], flags.frameskip, **as_trained)
+    frameskip = flags.frameskip or config.get("frameskip")
+    game = find_game(flags.game or config["game"], frameskip, **as_trained)
     device = startup.choose_device(flags.device)
     with tf.device(device), contextlib.ExitStack() as stack:
         network, iteration = checkpoint.load_network(model, game.num_actions)
         network = tf.function(functools.partial(decide, network), autograph=False)
         print(f"{game.id}, {model} after {iteration:,} updates, {flags.policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
-        about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": flags.frameskip}
+        about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
         about |= {**as_trained, "versions": settings.versions()}
 
         of_original = checkpoint.is_original(model)

@@ -28,7 +28,7 @@ from environment import Game, find_game
 from groups import Groups, run_folder
 from network import SharedNetwork, choose_dtype
 from report import Report
-from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero
+from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, Steps
 from startup import UserError, tf
 
 
@@ -36,8 +36,7 @@ from startup import UserError, tf
 class Config:
     """Every hyperparameter, with the original's defaults. Each is also a flag: `--num_threads 2 --grad_clip None`.
 
-    An agent step is one action in one game. An update has 64 games * 5 steps = 320 of them, 960 emulator frames of
-    Breakout-v0. The original counted updates, and called them iterations.
+    An agent step is one action in one game. An update, the original's iteration, has 64 games * 5 steps = 320 of them.
     """
 
     game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
@@ -50,7 +49,7 @@ class Config:
     agents_per_thread: Count = 64  # games in a group
     ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
     unroll_step: Count = 5  # agent steps of each game per update
-    max_agent_steps: Count = 320_000_000  # agent steps in all: the original's 1,000,000 updates
+    max_agent_steps: Steps = 320_000_000  # agent steps in all: the original's 1,000,000 updates
     max_iteration: Count | None = None  # updates in all; None is no limit
     frameskip: Count | None = None  # emulator frames per agent step; None is the game's own
     random_frameskip: bool = False  # draw it at random for each step, if the game's id does so; False takes its mean
@@ -63,7 +62,7 @@ class Config:
     reward_clip: Positive | None = 1.0  # learn from rewards clipped to -this..this; None: raw scores
 
     learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
-    annealing_steps: Count | None = None  # agent steps over which the rate falls; None is half of max_agent_steps
+    annealing_steps: Steps | None = None  # agent steps over which the rate falls; None is half of the run
     anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
@@ -76,7 +75,7 @@ class Config:
     filters: Count = 32  # filters of the first convolution; the second has twice as many
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 
-    save_steps: Count = 6_400_000  # agent steps between checkpoints; the newest three are kept
+    save_steps: Steps = 6_400_000  # agent steps between checkpoints; the newest three are kept
     save_minutes: Positive = 10.0  # save at least this often, in minutes
     summary_period: Count = 100  # updates between lines of the report, of progress.csv and of TensorBoard
     stall_timeout: Positive = 300.0  # save and end the run if a group makes no step for so many seconds
@@ -96,6 +95,11 @@ class Config:
         """Agent steps that one update learns from."""
         return self.agents_per_thread * self.unroll_step
 
+    @property
+    def total_steps(self) -> int:
+        """Agent steps of the whole run, whichever limit comes first."""
+        return min(self.max_agent_steps, self.steps_per_update * (self.max_iteration or self.max_agent_steps))
+
     def is_finished(self, progress: Progress) -> bool:
         """Return whether a run that has come so far is over."""
         return progress.agent_steps >= self.max_agent_steps or progress.iteration >= (self.max_iteration or math.inf)
@@ -110,7 +114,7 @@ class Config:
 
     def _annealed(self, agent_steps: int) -> float:
         """Return what is left, 1 to 0.1, of what falls over `annealing_steps`."""
-        return 1.0 - 0.9 * min(1.0, agent_steps / (self.annealing_steps or self.max_agent_steps / 2))
+        return 1.0 - 0.9 * min(1.0, agent_steps / (self.annealing_steps or self.total_steps / 2))
 
 
 # What `--preset` changes. What each change does to the score and to the speed is in docs/results.md.
@@ -148,11 +152,8 @@ def given_to_run(folder: str) -> dict:
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
         return {}
     saved = settings.read_config(path)
-    for name, was in {"annealing_steps": "annealing", "save_steps": "save_period"}.items():  # which counted updates
-        if saved.get(was):
-            saved[name] = saved[was] * saved["agents_per_thread"] * saved["unroll_step"]
-    names = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
-    return {name: saved[name] for name in names if name in Config.__dataclass_fields__ and name != "log_dir"}
+    given = saved.get("given") or [name for name in saved if saved[name] != getattr(Config, name, None)]
+    return {k: saved[k] for k in given if k in Config.__dataclass_fields__ and k in saved and k != "log_dir"}
 
 
 def train(config: Config) -> int:
@@ -184,7 +185,7 @@ def _train(config: Config, signals: list[int]) -> int:
             print(f"resumed {resumed}: {progress.agent_steps:,} agent steps, {progress.episodes:,} games{ignored}")
         elif config.initial_model:
             initial = checkpoint.resolve(config.initial_model)
-            print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates, all else is new")
+            print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
         _note_config(config, progress, resuming=resumed is not None)
         if config.is_finished(progress):
             print(

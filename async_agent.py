@@ -8,6 +8,7 @@ import json
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -199,12 +200,13 @@ class GroupAgent:
 
     def _step_in_graph(self, action):
         """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and return_ends [B] bool."""
+        agent = weakref.proxy(self)  # TensorFlow keeps `step` as long as the process lives
 
         def step(action):
             try:
-                return self.step(action)
+                return agent.step(action)
             except BaseException as error:
-                self.failure = error  # TensorFlow wraps it in an error of its own
+                agent.failure = error  # TensorFlow wraps it in an error of its own
                 raise
 
         with tf.device("/CPU:0"):

@@ -79,7 +79,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
     random_frameskip = random_frameskip and frameskip_range is not None
     single_frames = random_frameskip or frameskip == 1  # AtariVectorEnv is asked for a frame-skip of 1
     if single_frames and start_and_frames.get("max_pool"):
-        raise UserError(f"max_pool = True: {game_id} would be played frame by frame here; set frameskip = 2 or more")
+        raise UserError(f"max_pool = True: {game_id} would be played frame by frame here; set frameskip to 2 or more")
     env = _make(game_id)
     game = Game(
         id=game_id,

@@ -60,7 +60,7 @@ class Report:
             folders = {"iteration": folder, "episodes": folder / "per-eps"}
             self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in folders.items()}
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
-        length = {"initial": progress.agent_steps, "total": config.max_agent_steps}
+        length = {"initial": progress.agent_steps, "total": max(config.total_steps, progress.agent_steps)}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)
         self.background = Background(take=lambda task: task())
 

@@ -24,6 +24,7 @@ class Bounds(NamedTuple):
 
 
 Count = Annotated[int, Bounds(1)]
+Steps = Annotated[int, Bounds(1, 10**15)]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(math.ulp(0.0))]
 PositiveOrZero = Annotated[float, Bounds(0.0)]
@@ -74,6 +75,13 @@ def read_config(path: str) -> dict:
     try:
         config = json.loads(Path(path).read_text())
         config["game"]  # the one key that everything needs
+        if "annealing" in config:  # of an older version, whose lengths counted updates
+            batch = config["agents_per_thread"] * config["unroll_step"]
+            lengths = {"annealing_steps": "annealing", "save_steps": "save_period", "max_agent_steps": "max_iteration"}
+            for name, was in lengths.items():
+                if config.get(was) and not config.get(name):
+                    config[name] = config[was] * batch
+            config["given"] = [*config["given"], *lengths] if "given" in config else None
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

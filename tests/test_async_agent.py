@@ -1,8 +1,10 @@
 """A group of games on fake environments with known rewards and ends; two tests play the real Breakout."""
 
 import collections
+import gc
 import itertools
 import threading
+import weakref
 
 import gymnasium
 import numpy as np
@@ -243,6 +245,15 @@ def test_nothing_is_traced_after_the_start(make_config, monkeypatch):
     for _ in range(4):
         agent.iterate()
     assert agent.progress.iteration == 4
+
+
+def test_agent_is_freed_with_its_games_though_tensorflow_keeps_what_its_graph_calls(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config())
+    agent.iterate()
+    agent, games = weakref.ref(agent), weakref.ref(agent.envs)
+    gc.collect()
+    assert agent() is None
+    assert games() is None
 
 
 # Threads.

@@ -17,7 +17,7 @@ SWITCHES = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
 def test_defaults_are_the_originals():
-    ours = {"device", "compute_dtype", "initial_model", "max_iteration", "save_minutes", "stall_timeout"}
+    ours = {"ray_address", "device", "compute_dtype", "initial_model", "max_iteration", "save_minutes", "stall_timeout"}
     assert {name: value for name, value in DEFAULTS.items() if name not in ours} == {
         "game": "Breakout-v0",
         "log_dir": "",
@@ -109,7 +109,14 @@ def test_folder_is_named_after_the_game_unless_it_is_given():
 # Schedules.
 
 
-@pytest.mark.parametrize("length", [{"max_agent_steps": 1000}, {"max_agent_steps": 7, "annealing_steps": 500}])
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_agent_steps": 1000},
+        {"max_iteration": 100, "agents_per_thread": 2},
+        {"max_agent_steps": 7, "annealing_steps": 500},
+    ],
+)
 def test_learning_rate_falls_to_a_tenth_in_a_line_over_the_steps_asked_for_or_half_the_run(length):
     config = Config(learning_rate=2e-3, **length)
     rates = [config.learning_rate_at(steps) for steps in (0, 250, 500, 501, 10**9)]
@@ -129,7 +136,14 @@ def test_every_field_is_a_flag_and_none_gives_the_defaults():
     assert a3c.parse_config([]) == Config()
     values = {name: 7 if isinstance(value, int) or value is None else 0.5 for name, value in DEFAULTS.items()}
     values |= dict.fromkeys(SWITCHES, True)
-    values |= {"game": "Pong-v0", "log_dir": "x", "initial_model": "y", "device": "cpu", "compute_dtype": "bfloat16"}
+    values |= {
+        "game": "Pong-v0",
+        "log_dir": "x",
+        "initial_model": "y",
+        "ray_address": "local",
+        "device": "cpu",
+        "compute_dtype": "bfloat16",
+    }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert a3c.parse_config(flags) == Config(**values)
 

@@ -151,7 +151,7 @@ print(json.dumps([full, kept, ended(command(folder, "--max_iteration=1"))]))
 
 @pytest.mark.row(n=6)
 @pytest.mark.parametrize(
-    "size, saves", [("56m", 2), *(pytest.param(size, 1, marks=pytest.mark.slow) for size in ("20m", "40m"))]
+    "size, saves", [pytest.param(*case, marks=pytest.mark.slow) for case in (("20m", 1), ("40m", 1), ("56m", 2))]
 )
 def test_full_disk_ends_the_run_and_what_was_saved_is_resumed(tmp_path, size, saves):
     """A save takes 16 MB, and `last.ckpt` as much."""

@@ -104,7 +104,11 @@ def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_check
     wanted = {"annealing_steps": 40_000_000, "save_steps": 3_200_000, "learning_rate": 1e-4, "filters": 16}
     assert wanted.items() <= given.items()
     assert "log_dir" not in given
-    assert a3c.Config(**given).annealing_steps == 40_000_000
+    old |= {"given": ["annealing", "filters"], "annealing": None, "max_agent_steps": None, "max_iteration": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    given = a3c.given_to_run(str(tmp_path))
+    assert (given["max_agent_steps"], given["filters"], "learning_rate" in given) == (160_000, 16, False)
+    assert a3c.Config(**given).learning_rate_at(80_000) == pytest.approx(2.5e-5)
 
 
 def shown(figure):
@@ -222,7 +226,7 @@ def test_games_go_on_where_the_reader_leaves_and_those_played_until_a_kill_are_i
         subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=file) as process,
     ):
         try:
-            for expected in ("Breakout-v0, ", "game 1: "):
+            for expected in ("Breakout-v0, ", "game "):
                 assert select.select([process.stdout], [], [], 60)[0]
                 assert process.stdout.readline().startswith(expected)
             process.stdout.close()
