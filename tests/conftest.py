@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter):
     counts = collections.defaultdict(collections.Counter)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            for row in dict(report.user_properties).get("rows", []):
+            for row in dict(getattr(report, "user_properties", [])).get("rows", []):
                 counts[row][outcome] += 1
     if counts:
         terminalreporter.section("faults injected")
