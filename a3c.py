@@ -152,7 +152,7 @@ def given_to_run(folder: str) -> dict:
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
         return {}
     saved = settings.read_config(path)
-    given = saved.get("given") or [name for name in saved if saved[name] != getattr(Config, name, None)]
+    given = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
     return {k: saved[k] for k in given if k in Config.__dataclass_fields__ and k in saved and k != "log_dir"}
 
 
@@ -217,7 +217,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
     path = os.path.join(config.log_dir, settings.CONFIG)
     new, history = {**dataclasses.asdict(config), "versions": settings.versions()}, []
     given = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
-    print("settings that differ from the defaults: " + ", ".join(f"{name} = {new[name]}" for name in given))
+    print("settings that differ from the defaults: " + (", ".join(f"{name} = {new[name]}" for name in given) or "none"))
     if resuming and os.path.exists(path):
         old = settings.read_config(path)
         if old["game"] != config.game:

@@ -81,7 +81,8 @@ def read_config(path: str) -> dict:
             for name, was in lengths.items():
                 if config.get(was) and not config.get(name):
                     config[name] = config[was] * batch
-            config["given"] = [*config["given"], *lengths] if "given" in config else None
+            if "given" in config:
+                config["given"] = [*config["given"], *lengths]
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

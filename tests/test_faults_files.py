@@ -104,6 +104,8 @@ def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_check
     wanted = {"annealing_steps": 40_000_000, "save_steps": 3_200_000, "learning_rate": 1e-4, "filters": 16}
     assert wanted.items() <= given.items()
     assert "log_dir" not in given
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(SHIPPED), "given": []}))
+    assert a3c.given_to_run(str(tmp_path)) == {}  # an edited default counts
     old |= {"given": ["annealing", "filters"], "annealing": None, "max_agent_steps": None, "max_iteration": 1000}
     (tmp_path / "config.json").write_text(json.dumps(old))
     given = a3c.given_to_run(str(tmp_path))
