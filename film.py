@@ -21,11 +21,9 @@ SECONDS = 10  # that the curves show
 
 # Places on the explained film, in pixels. Whole multiples of the game's pixels keep it sharp.
 WIDTH, MARGIN, TOP, SCALE = 1280, 24, 66, 3
-RIGHT, POLICY, CURVE = (
-    532,
-    284,
-    930,
-)  # left edge of what is beside the screen; top of the policy; left edge of the curves
+RIGHT = 532  # left edge of what is beside the screen
+POLICY = 284  # top of the policy
+CURVE = 930  # left edge of the curves
 DARK, DIM, GREY, WHITE = (18, 18, 24), (44, 46, 58), (150, 152, 165), (240, 240, 240)
 CHOICE, VALUE, RETURN = (90, 200, 120), (240, 240, 240), (255, 160, 60)
 

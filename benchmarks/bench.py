@@ -74,6 +74,10 @@ class Bench:
         self.network_agents = agents(GroupAgent, [StillEnvs(config.agents_per_thread) for _ in groups])
         self.num_actions = game.num_actions
 
+    def close(self) -> None:
+        """Let go of the environment hosts, if the games are there: else the process does not end."""
+        self.hosts.close()
+
     def on_update(self, losses) -> None:
         """Do what `a3c.py` does after an update, and note the time."""
         self.report.count_update(losses)
@@ -132,8 +136,7 @@ def endless(config: a3c.Config) -> a3c.Config:
 
 def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds: int) -> dict:
     """Measure the three rates in turn, `rounds` times; return their medians and what follows from them."""
-    with tempfile.TemporaryDirectory() as log_dir:
-        bench = Bench(config, game, device, log_dir)
+    with tempfile.TemporaryDirectory() as log_dir, contextlib.closing(Bench(config, game, device, log_dir)) as bench:
         rates = []
         for number in range(1, rounds + 1):
             training = bench.measure_updates(bench.training_agents, seconds)

@@ -36,7 +36,9 @@ else:
 game, device = bench.a3c.game_and_device(config)
 with bench.tf.device(device), tempfile.TemporaryDirectory() as log_dir:
     built = bench.Bench(config, game, device, log_dir)
-    print(json.dumps(built.measure_updates(getattr(built, agents), float(seconds))))
+    print(json.dumps(built.measure_updates(getattr(built, agents), float(seconds))), flush=True)
+    if hasattr(built, "close"):
+        built.close()
 """
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 import checkpoint
-from benchmarks.common import REPOSITORY
+from benchmarks.common import REPOSITORY, read_rows
 from startup import UserError, refusing, tf
 
 COLUMNS = ["iteration", "agent_steps", "episodes", "seconds", "games", "average_score", "maximum_score"]
@@ -64,10 +64,7 @@ def main() -> None:
     table = os.path.join(args.folder, "evaluation.csv")
     with tf.device("/CPU:0"):
         curves = tf.summary.create_file_writer(os.path.join(args.folder, "evaluation"))
-    next_at = 0
-    if os.path.exists(table):
-        with open(table, newline="") as file:
-            next_at = max((int(row["agent_steps"]) + args.every for row in csv.DictReader(file)), default=0)
+    next_at = max((int(row["agent_steps"]) + args.every for row in read_rows(table)), default=0)
     while True:
         try:
             row = evaluate(args.folder, args.games, flags, next_at)
