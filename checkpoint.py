@@ -166,14 +166,17 @@ def load_weights(path: str, network: ActorCritic) -> int:
 
 
 def resolve(path: str) -> str:
-    """Return the checkpoint that a path, one of its two files or a folder means; a UserError lists what is there."""
+    """Return the checkpoint that a path, one of its two files or a folder means; a UserError lists what is there.
+
+    `last.ckpt` is the newest of its folder also where a kill came just as it was replaced.
+    """
     path = os.path.expanduser(path).removesuffix(INDEX).removesuffix(DATA)
     check_path("model", path)
     if os.path.exists(path + INDEX):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     found = all_checkpoints(folder)
-    if found and folder == path:
+    if found and (folder == path or os.path.basename(path) == LAST):
         return found[0]
     raise UserError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
 
