@@ -28,7 +28,7 @@ import checkpoint
 import settings
 from environment import Game, empty_history, find_game, history_to_frames, make_watching_env, preprocess, push_frame
 from film import Moment, open_film
-from original import OriginalFrames
+from original import OriginalFrames, is_original
 from startup import UserError, refusing, tf
 
 ROWS = 16  # games in a call of the network. Always as many, if need be empty ones: the last digits depend on it
@@ -172,7 +172,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
         about |= {**as_trained, "versions": settings.versions()}
 
-        of_original = checkpoint.is_original(model)
+        of_original = is_original(model)
         open_game = open_window if flags.render else make_watching_env
         side_by_side = 1 if flags.render else min(ROWS, flags.iter, max(1, flags.iter - flags.film + 1))
         obs_type = "rgb" if of_original else "grayscale"

@@ -101,35 +101,21 @@ def _remove(path: str) -> None:
             os.remove(path + suffix)
 
 
-def _read_tensors(path: str) -> dict[str, np.ndarray]:
+def read(path: str, or_original: bool = False) -> tuple[dict[str, np.ndarray], int]:
+    """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign.
+
+    With `or_original` one of the original is not foreign: its weights get the names that they have here.
+    """
     try:
         reader = tf.train.load_checkpoint(path)
         keys = reader.get_variable_to_shape_map()  # such as weights/conv1/.ATTRIBUTES/VARIABLE_VALUE
-        return {key.split("/.")[0]: reader.get_tensor(key) for key in keys}
-    except (tf.errors.OpError, LookupError, ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
-
-
-def read(path: str) -> tuple[dict[str, np.ndarray], int]:
-    """Return a checkpoint's tensors and the number of its updates. Raises UserError if it is damaged or foreign."""
-    tensors = _read_tensors(path)
-    try:
+        tensors = {key.split("/.")[0]: reader.get_tensor(key) for key in keys}
+        if or_original and (weights := original.translate(tensors)):
+            number = path.rpartition("-")[2]  # nothing else tells the updates
+            return weights, int(number) if number.isdecimal() else 0
         return tensors, int(json.loads(tensors["progress"])["iteration"])
-    except (LookupError, ValueError, TypeError) as error:
+    except (tf.errors.OpError, LookupError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
-
-
-def is_original(path: str) -> bool:
-    """Return whether the original made this checkpoint. Raises UserError if it is damaged."""
-    return bool(original.translate(_read_tensors(path)))
-
-
-def read_weights(path: str) -> tuple[dict[str, np.ndarray], int]:
-    """As `read`, but of a checkpoint of the original too, whose weights get the names they have here."""
-    if weights := original.translate(_read_tensors(path)):
-        number = path.rpartition("-")[2]  # nothing else tells the updates
-        return weights, int(number) if number.isdecimal() else 0
-    return read(path)
 
 
 def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
@@ -148,7 +134,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
-    tensors, _ = read_weights(path)
+    tensors, _ = read(path, or_original=True)
     filters = tensors.get("weights/conv1", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
     network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get("biases/input", 0)))
     return network, load_weights(path, network)
@@ -156,7 +142,7 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
 
 def load_weights(path: str, network: ActorCritic) -> int:
     """Give a network a checkpoint's weights; return the number of its updates. Raises UserError as `load_network`."""
-    tensors, iteration = read_weights(path)
+    tensors, iteration = read(path, or_original=True)
     check_fits(tensors, network, path)
     for kind, layers in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in layers.items():
@@ -166,17 +152,14 @@ def load_weights(path: str, network: ActorCritic) -> int:
 
 
 def resolve(path: str) -> str:
-    """Return the checkpoint that a path, one of its two files or a folder means; a UserError lists what is there.
-
-    `last.ckpt` is the newest of its folder also where a kill came just as it was replaced.
-    """
+    """Return the checkpoint that a path, one of its two files or a folder means; a UserError lists what is there."""
     path = os.path.expanduser(path).removesuffix(INDEX).removesuffix(DATA)
     check_path("model", path)
     if os.path.exists(path + INDEX):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     found = all_checkpoints(folder)
-    if found and (folder == path or os.path.basename(path) == LAST):
+    if found and (folder == path or os.path.basename(path) == LAST):  # which a kill may have left out
         return found[0]
     raise UserError(f"no checkpoint {path}. In {folder}: {', '.join(found) or 'no checkpoint there'}")
 

@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image
 
 from environment import FRAME_SIZE
+from startup import tf
 
 LAYERS = {  # there -> here
     "master/conv1": "conv1",
@@ -27,6 +28,11 @@ def translate(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, (layer, _, kind) in names.items()
         if layer in LAYERS and kind in KINDS
     }
+
+
+def is_original(path: str) -> bool:
+    """Return whether the original made a checkpoint that can be read."""
+    return bool(translate(dict(tf.train.list_variables(path))))
 
 
 class OriginalFrames(gymnasium.ObservationWrapper):

@@ -57,8 +57,8 @@ class Report:
             csv.writer(self.table).writerow(COLUMNS)
             self._add_to_table(rows)
             unfinished.replace(path)
-            folders = {"iteration": folder, "episodes": folder / "per-eps"}
-            self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in folders.items()}
+            places = ("iteration", folder), ("episodes", folder / "per-eps")
+            self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in places}
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         length = {"initial": progress.agent_steps, "total": max(config.total_steps, progress.agent_steps)}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)

@@ -17,8 +17,7 @@ for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:  # closed, as by `>&-`; the next file opened, a checkpoint, would get its number
         setattr(sys, _name, open(os.devnull, "r+"))  # noqa: SIM115
 
-_requirements = Path(__file__).with_name("requirements.txt").read_text()
-REQUIRED = dict(re.findall(r"(?m)^([\w-]+)>=([\d.]+)", _requirements))  # package -> the oldest version that works
+REQUIRED = dict(re.findall(r"(?m)^([\w-]+)>=([\d.]+)", Path(__file__).with_name("requirements.txt").read_text()))
 # Ctrl-C; kill; a closed window; time is over, or soon (batch systems); Ctrl-\\.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGQUIT)
 
@@ -43,7 +42,7 @@ def reason(error: Exception) -> str:
 
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:
-    """Exit with one line that names the first package that is missing or too old."""
+    """Exit with one line that names the first package that is missing or older than the version it needs."""
     for package, oldest in required.items():
         try:
             found = importlib.metadata.version(package)

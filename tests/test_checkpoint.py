@@ -148,7 +148,7 @@ def test_any_damage_is_named_and_the_checkpoint_before_resumed_and_nothing_watch
         if other.warnings:
             assert str(tmp_path / "model.ckpt-30") in other.warnings[0]
             with pytest.raises(UserError, match=name):
-                checkpoint.load_network(checkpoint.resolve(str(tmp_path / name)), 4)
+                checkpoint.load_network(str(tmp_path / name), 4)
         else:  # a bit that means nothing: the index ends with some
             assert how.startswith("flipped") and suffix == INDEX
             fallback = "model.ckpt-30"

@@ -9,7 +9,7 @@ import pytest
 from conftest import Resumable, equal, refusal, watching
 
 import checkpoint
-from original import OriginalFrames
+from original import OriginalFrames, is_original
 from startup import UserError, tf
 
 
@@ -40,7 +40,7 @@ def test_checkpoint_of_the_original_gives_the_logits_and_values_that_it_gave_the
     frames = np.random.default_rng(0).integers(0, 256, [3, 84, 84, 4], np.uint8)
     logits, values = write_original(tmp_path / "model.ckpt", frames)
     path = checkpoint.resolve(str(tmp_path))
-    assert checkpoint.is_original(path)
+    assert is_original(path)
     network, iteration = checkpoint.load_network(path, 4)
     assert iteration == 600_000
     found = network(tf.bitcast(frames, tf.uint32))
@@ -97,7 +97,7 @@ def test_new_run_begins_with_the_weights_and_nothing_else(tmp_path, main, kind):
     else:
         write_original(tmp_path / "model.ckpt", np.zeros([1, 84, 84, 4]))
         path = str(tmp_path / "model.ckpt-600000")
-    weights, updates = checkpoint.read_weights(path)
+    weights, updates = checkpoint.read(path, or_original=True)
     flags = f"--log_dir={tmp_path}/run", f"--initial_model={path}"
     status, printed, errors = main(*flags, "--max_iteration=1", "--learning_rate=1e-30")
     assert (status, f"weights of {path} after {updates:,} updates; all else is new" in printed) == (0, True), errors
