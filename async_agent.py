@@ -120,7 +120,11 @@ class GroupAgent:
                 if not coordinator.should_stop():
                     self.reset()
                 while not coordinator.should_stop() and not self.config.is_finished(self.progress):
-                    self.iterate()
+                    if self.build_lock.locked() and self.progress.iteration:  # building needs the cores, too
+                        coordinator.wait_for_stop(0.1)
+                        self.alive_at = time.monotonic()
+                    else:
+                        self.iterate()
             except UserError:
                 raise
             except Exception as error:

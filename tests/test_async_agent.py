@@ -4,6 +4,7 @@ import collections
 import gc
 import itertools
 import threading
+import time
 import weakref
 
 import gymnasium
@@ -259,6 +260,13 @@ def test_agent_is_freed_with_its_games_though_tensorflow_keeps_what_its_graph_ca
 # Threads.
 
 
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def run_threads(agents):
     """Run each agent in a thread until all have stopped; raise what a thread raised."""
     coordinator = tf.train.Coordinator()
@@ -279,6 +287,36 @@ def test_groups_together_make_exactly_as_many_updates_as_asked(make_config, limi
     run_threads(agents)
     assert progress.iteration == 7
     assert progress.agent_steps == 7 * 5 * 2
+
+
+def test_group_that_stands_lets_others_build_but_for_the_first_update(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(max_iteration=None))
+    coordinator = tf.train.Coordinator()
+    iterate, others_build = agent.iterate, threading.Event()
+
+    def iterate_and_let_others_build():
+        iterate()
+        if agent.progress.iteration == 3 and not others_build.is_set():
+            assert agent.build_lock.acquire(blocking=False)
+            others_build.set()
+
+    agent.iterate = iterate_and_let_others_build
+    thread = threading.Thread(target=agent.run, args=(coordinator, "/CPU:0"), daemon=True)
+    thread.start()
+    try:
+        assert others_build.wait(30)
+        began = time.monotonic()
+        time.sleep(0.5)
+        assert agent.progress.iteration == 3
+        assert agent.alive_at > began  # it is not this group that keeps the run waiting
+        agent.progress.iteration = 0  # nothing has been learnt: it does not wait
+        wait_until(lambda: agent.progress.iteration == 1)
+    finally:
+        agent.build_lock.release()
+    wait_until(lambda: agent.progress.iteration > 4)
+    coordinator.request_stop()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_seeds_of_all_games_differ_from_one_another_and_from_those_of_other_runs(make_config):
