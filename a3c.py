@@ -23,10 +23,10 @@ from typing import Literal
 
 import checkpoint
 import settings
-from async_agent import Progress
 from environment import Game, find_game
 from groups import Groups, run_folder
 from network import SharedNetwork, choose_dtype
+from progress import Progress
 from report import Report
 from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, Steps
 from startup import UserError, tf

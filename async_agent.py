@@ -1,10 +1,9 @@
-"""One thread and its group of games: roll out, learn, repeat; and what all threads have done so far.
+"""One thread and its group of games: roll out, learn, repeat.
 
 Source: algorithm S3 of Mnih et al. 2016; `A3CGroupAgent` of hiwonjoon/tf-a3c-gpu, where one network plays many games
 in one thread. Written against the plain `gymnasium.vector.VectorEnv` interface with same-step autoreset.
 """
 
-import json
 import math
 import threading
 import time
@@ -17,48 +16,11 @@ import numpy as np
 
 from environment import FRAME_SIZE, empty_history, push_frame
 from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
+from progress import Progress
 from startup import UserError, tf
 
 if TYPE_CHECKING:
     from a3c import Config
-
-
-class Progress(tf.train.experimental.PythonState):
-    """What training has done so far, over all resumes. Part of every checkpoint.
-
-    `lock` guards the shared network and this object together: whoever holds it sees whole updates.
-    """
-
-    def __init__(self, num_groups: int, num_envs: int):
-        self.lock = threading.Lock()
-        self.iteration = 0  # updates of the shared network
-        self.agent_steps = 0
-        self.episodes = 0  # whole games played to their end
-        self.seconds = 0.0  # of training, before this run
-        self.started = time.monotonic()
-        self.scores = np.full([num_groups, num_envs], np.nan)  # raw score of the last whole game of each environment
-
-    def total_seconds(self) -> float:
-        """Return the seconds of training over all resumes, start-up included."""
-        return self.seconds + time.monotonic() - self.started
-
-    def recent_scores(self) -> np.ndarray:
-        """Return the last score of each environment that has ended a game, [at most groups * B]."""
-        return self.scores[~np.isnan(self.scores)]
-
-    def serialize(self) -> str:
-        """Return the state as JSON, for the checkpoint."""
-        counts = {"iteration": self.iteration, "agent_steps": self.agent_steps, "episodes": self.episodes}
-        return json.dumps({**counts, "seconds": self.total_seconds(), "scores": self.recent_scores().tolist()})
-
-    def deserialize(self, string_value: str | bytes) -> None:
-        """Take over a saved state; the number of environments may have changed since."""
-        state = json.loads(string_value)
-        self.iteration, self.agent_steps = state["iteration"], state["agent_steps"]
-        self.episodes, self.seconds = state["episodes"], state["seconds"]
-        self.started = time.monotonic()
-        kept = state["scores"][: self.scores.size]
-        self.scores.flat[: len(kept)] = kept
 
 
 class GroupFailure(Exception):
@@ -112,24 +74,26 @@ class GroupAgent:
         """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
         with coordinator.stop_on_exception(), tf.device(device):
             try:
-                with self.build_lock:
-                    self.alive_at = time.monotonic()
-                    if not coordinator.should_stop():
-                        self.envs = self.make_envs()
-                        self.alive_at = time.monotonic()
-                if not coordinator.should_stop():
-                    self.reset()
+                self._begin(coordinator)
                 while not coordinator.should_stop() and not self.config.is_finished(self.progress):
-                    if self.build_lock.locked() and self.progress.iteration:  # building needs the cores, too
-                        coordinator.wait_for_stop(0.1)
-                        self.alive_at = time.monotonic()
-                    else:
-                        self.iterate()
+                    self.iterate()
             except UserError:
                 raise
             except Exception as error:
                 raise GroupFailure(f"group {self.index}, {type(error).__name__}: {error}") from error
             coordinator.request_stop()
+
+    def _begin(self, coordinator: tf.train.Coordinator) -> None:
+        """Build the games, start them, and wait until all groups have: this takes the cores that learning needs."""
+        with self.build_lock:
+            self.alive_at = time.monotonic()
+            if coordinator.should_stop():
+                return
+            self.envs = self.make_envs()
+        self.reset()
+        while self.progress.begun < self.config.num_threads and not coordinator.should_stop():
+            coordinator.wait_for_stop(0.1)
+            self.alive_at = time.monotonic()
 
     def reset(self) -> None:
         """Start all games, and take the shared weights."""
@@ -137,12 +101,12 @@ class GroupAgent:
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
         with self.progress.lock:  # others may have learnt while these games were built
             self.network.copy_from(self.shared)
+            self.progress.begun += 1
 
     def iterate(self) -> None:
         """Play `unroll_step` (T) steps in each game and update the shared network once.
 
-        Raises:
-          FloatingPointError: logits or losses are not finite; the shared network is as it was before.
+        Raises FloatingPointError if logits or losses are not finite; the shared network is as it was before.
         """
         config, progress = self.config, self.progress
         seed = np.array([self.seeds[0], self.steps], np.int32)
@@ -222,12 +186,9 @@ class GroupAgent:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take one step in each game and keep the scores.
 
-        Returns:
-          The frames [B, 84, 84] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
-          whether returns end here [B] bool: with a game, or with a life.
-
-        Raises:
-          FloatingPointError: an action is out of range, because the logits it was drawn from are not finite.
+        Returns the frames [B, 84, 84] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
+        whether returns end here [B] bool: with a game, or with a life. Raises FloatingPointError if an action is out of
+        range, because the logits it was drawn from are not finite.
         """
         if action.min() < 0 or action.max() >= self.shared.num_actions:  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 import original
-from async_agent import Progress
 from network import ActorCritic, SharedNetwork
+from progress import Progress
 from settings import check_path
 from startup import UserError, reason, refusing, tf
 

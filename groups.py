@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import os
 import secrets
 import threading
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from async_agent import GroupAgent, Progress
+from async_agent import GroupAgent
 from checkpoint import LAST, Saver
 from environment import Game, make_training_envs
 from network import Losses, SharedNetwork
+from progress import Progress
 from report import Report
 from startup import UserError, refusing, tf
 
@@ -60,7 +60,7 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
 def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
     """Yield the class of a group and what makes its games: in this process, or on hosts where `ray_address` is set."""
     if config.ray_address is None:
-        yield GroupAgent, functools.partial(make_training_envs, game, config.agents_per_thread, config.num_threads)
+        yield GroupAgent, lambda: make_training_envs(game, config.agents_per_thread, config.num_threads)
         return
     try:
         import environment_hosts
@@ -107,7 +107,7 @@ class Groups:
         return bool(self.signals) or self.coordinator.should_stop()
 
     def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
-        """Start a thread for each group: they build their games in turn, and each learns once its own are built."""
+        """Start a thread for each group: they build their games in turn, and learn once all have begun to play."""
         config = self.config
         for index in range(config.num_threads):
             if self._is_over():
@@ -117,12 +117,12 @@ class Groups:
             name, inputs = f"group {agent.index}", [self.coordinator, device]
             self.threads.append(threading.Thread(target=agent.run, args=inputs, name=name, daemon=True))
             self.threads[-1].start()
-        for learning in range(config.num_threads + 1):
-            while learning > sum(agent.steps > config.unroll_step for agent in self.agents):
+        for built in range(config.num_threads + 1):
+            while built > sum(agent.envs is not None for agent in self.agents):
                 if self._is_over():
                     return
                 self._watch()
-            tqdm.write(f"building games: {learning} of {config.num_threads} groups learn")
+            tqdm.write(f"building games: {built} of {config.num_threads} groups stand")
 
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves come at exact counts."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from async_agent import Progress
 from network import Losses
+from progress import Progress
 from startup import Background, UserError, refusing, tf
 
 if TYPE_CHECKING:

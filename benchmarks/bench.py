@@ -22,10 +22,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import a3c
-from async_agent import GroupAgent, Progress
+from async_agent import GroupAgent
 from benchmarks.common import first_update, hardware, spread, train
 from environment import FRAME_SIZE, Game
 from groups import games_of
+from progress import Progress
 from report import Report
 from settings import LARGEST, versions
 from startup import tf

@@ -23,6 +23,7 @@ from benchmarks.bench import WARM_UP_UPDATES, endless
 from benchmarks.common import CORES, processor
 from environment import make_training_envs
 from network import ActorCritic, SharedNetwork
+from progress import Progress
 from startup import tf
 
 # Part -> what is traced into it.
@@ -66,7 +67,7 @@ def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
     with contextlib.ExitStack() as patches:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
-        shared, progress = a3c.make_network(config, game, device), async_agent.Progress(1, config.agents_per_thread)
+        shared, progress = a3c.make_network(config, game, device), Progress(1, config.agents_per_thread)
         agent = async_agent.GroupAgent(0, None, shared, progress, config, lambda losses: None)
     agent.envs = envs
     agent.reset()

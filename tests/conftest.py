@@ -27,8 +27,8 @@ import checkpoint
 import groups
 import plot
 from a3c import Config
-from async_agent import Progress
 from network import SharedNetwork
+from progress import Progress
 from startup import tf
 
 startup.choose_device("cpu", num_groups=2)  # it cannot be set later

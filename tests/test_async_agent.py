@@ -15,9 +15,10 @@ from conftest import ScriptedEnv
 import async_agent
 import environment
 import network
-from async_agent import GroupAgent, GroupFailure, Progress
+from async_agent import GroupAgent, GroupFailure
 from environment import find_game, history_to_frames, make_training_envs
 from network import ActorCritic, SharedNetwork
+from progress import Progress
 from startup import tf
 
 NUM_ACTIONS = 4
@@ -289,34 +290,30 @@ def test_groups_together_make_exactly_as_many_updates_as_asked(make_config, limi
     assert progress.agent_steps == 7 * 5 * 2
 
 
-def test_group_that_stands_lets_others_build_but_for_the_first_update(make_config):
-    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(max_iteration=None))
-    coordinator = tf.train.Coordinator()
-    iterate, others_build = agent.iterate, threading.Event()
+def test_groups_learn_once_all_have_begun(make_config):
+    class Slow(ScriptedEnv):
+        built = threading.Event()
 
-    def iterate_and_let_others_build():
-        iterate()
-        if agent.progress.iteration == 3 and not others_build.is_set():
-            assert agent.build_lock.acquire(blocking=False)
-            others_build.set()
+        def reset(self, **options):
+            assert self.built.wait(30)
+            return super().reset(**options)
 
-    agent.iterate = iterate_and_let_others_build
-    thread = threading.Thread(target=agent.run, args=(coordinator, "/CPU:0"), daemon=True)
-    thread.start()
-    try:
-        assert others_build.wait(30)
-        began = time.monotonic()
-        time.sleep(0.5)
-        assert agent.progress.iteration == 3
-        assert agent.alive_at > began  # it is not this group that keeps the run waiting
-        agent.progress.iteration = 0  # nothing has been learnt: it does not wait
-        wait_until(lambda: agent.progress.iteration == 1)
-    finally:
-        agent.build_lock.release()
-    wait_until(lambda: agent.progress.iteration > 4)
+    config = make_config(num_threads=2, max_iteration=None)
+    shared, progress, coordinator = SharedNetwork(NUM_ACTIONS, config.decay), Progress(2, 2), tf.train.Coordinator()
+    envs = [ScriptedEnv(np.ones([5, 2])), Slow(np.ones([5, 2]))]
+    agents = [GroupAgent(i, lambda i=i: envs[i], shared, progress, config, lambda _: None) for i in range(2)]
+    threads = [threading.Thread(target=a.run, args=(coordinator, "/CPU:0"), daemon=True) for a in agents]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: progress.begun == 1)
+    began = time.monotonic()
+    time.sleep(0.5)
+    assert progress.iteration == 0
+    assert agents[0].alive_at > began > agents[1].alive_at  # it is not the first that keeps the run waiting
+    Slow.built.set()
+    wait_until(lambda: min(agent.steps for agent in agents) > 10)
     coordinator.request_stop()
-    thread.join(10)
-    assert not thread.is_alive()
+    coordinator.join(threads, stop_grace_period_secs=30)
 
 
 def test_seeds_of_all_games_differ_from_one_another_and_from_those_of_other_runs(make_config):

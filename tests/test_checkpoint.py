@@ -12,8 +12,8 @@ from conftest import ROOT, Resumable, equal, files, limited_files
 
 import checkpoint
 import settings
-from async_agent import Progress
 from checkpoint import DATA, INDEX
+from progress import Progress
 from startup import UserError, tf
 
 small = functools.partial(Resumable, filters=1)

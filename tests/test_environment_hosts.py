@@ -17,8 +17,9 @@ import pytest
 from conftest import ENDLESS, Running, ScriptedEnv, iterations, last_iteration, run
 
 import a3c
-from async_agent import GroupAgent, Progress
+from async_agent import GroupAgent
 from environment import find_game, make_training_envs
+from progress import Progress
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
 from ray.cluster_utils import Cluster

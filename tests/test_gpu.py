@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import ENDLESS, Running, ScriptedEnv, has_rows, last_iteration, run
 
-from async_agent import GroupAgent, Progress
+from async_agent import GroupAgent
 from environment import empty_history, history_to_frames, push_frame
 from network import SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
+from progress import Progress
 from startup import UserError, choose_device, tf
 
 with contextlib.suppress(UserError):  # TensorFlow is at work already: run this file by itself
