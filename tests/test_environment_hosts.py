@@ -145,23 +145,19 @@ def test_updates_are_the_same_as_with_games_in_this_process(make_hosted, random_
         np.testing.assert_array_equal(here, there)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.row(n=38)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_host_that_dies_or_hangs_is_replaced(make_hosted, number, capsys):
     before = actors()
     agent = make_agent(HostedAgent, make_hosted)
     agent.envs.limit = 20
     (actor,) = actors() - before
-    seeds, episodes = agent.seeds.copy(), agent.progress.episodes
-    agent.episode_score[:] = 5
     os.kill(actor, number)
     agent.iterate()
     assert "is lost" in capsys.readouterr().out
     assert agent.steps <= agent.config.unroll_step  # the unroll was left out
-    assert agent.progress.iteration == 0
-    assert agent.progress.episodes == episodes
-    assert not agent.episode_score.any()
-    assert np.all(agent.seeds[1:] != seeds[1:])
-    assert np.all(agent.history.numpy() >> 24 << 24 == agent.history.numpy())  # no frame of the games before
+    assert (agent.progress.iteration, agent.progress.episodes) == (0, 0)
     agent.iterate()
     assert agent.progress.iteration == 1
     assert are_gone([actor])
@@ -206,13 +202,17 @@ class LosesItsHost(ScriptedEnv):
         return super().step(actions)
 
 
-def test_no_broken_game_is_counted_and_no_return_reaches_across(capsys):
+def test_no_broken_game_is_counted_and_neither_returns_nor_frames_reach_across(capsys):
     ends = np.zeros([7, 2], bool)
     ends[6, 0] = True  # the first game ends with its step 7
     agent = make_agent(HostedAgent, lambda: LosesItsHost([7, 13], ends))
+    seeds = agent.seeds.copy()
     for _ in range(2):  # the first unroll is whole, the second is lost at its step 2
         agent.iterate()
     assert (agent.progress.iteration, agent.progress.episodes) == (1, 0)
+    assert not agent.episode_score.any()
+    assert np.all(agent.seeds[1:] != seeds[1:])
+    np.testing.assert_array_equal(agent.history >> 24 << 24, agent.history)  # no frame of the games before
     for _ in range(2):  # from step 8 on: whole; at step 13, its first, the other is lost
         agent.iterate()
     assert (agent.progress.iteration, agent.progress.episodes) == (2, 0)

@@ -79,10 +79,10 @@ def test_resumed_run_goes_on_where_the_first_ended_and_names_the_settings_that_c
     assert seconds == sorted(seconds)
     assert checkpoints(folder) == ["last.ckpt", "model.ckpt-10", "model.ckpt-9", "model.ckpt-6"]
     assert last_iteration(folder) == 10
-    assert [line for line in output.splitlines() if line.startswith("changed")] == [
+    assert {line for line in output.splitlines() if line.startswith("changed")} == {
         "changed since the last run: learning_rate from 0.00025 to 0.001",
         "changed since the last run: max_iteration from 6 to 10",
-    ]  # log_dir, which differs in a copied folder, is no setting of the run
+    }  # log_dir, which differs in a copied folder, is no setting of the run
 
 
 def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path, monkeypatch, capsys):
