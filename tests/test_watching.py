@@ -121,22 +121,33 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
 
 
 @pytest.mark.parametrize("policy", ["softmax", pytest.param("greedy", marks=pytest.mark.slow)])
-def test_score_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, monkeypatch, policy):
-    make, scores = watching.make_watching_env, []
+def test_game_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, monkeypatch, policy):
+    make, played, runs = watching.make_watching_env, {}, []
 
-    def make_short_env(game, obs_type):
-        return gymnasium.wrappers.TimeLimit(make(game, obs_type=obs_type), 150)
+    class Recorded(gymnasium.wrappers.TimeLimit):
+        def reset(self, *, seed):
+            self.steps = played[seed] = []
+            return super().reset(seed=seed)
 
-    monkeypatch.setattr(watching, "make_watching_env", make_short_env)
+        def step(self, action):
+            outcome = super().step(action)
+            self.steps.append((action, outcome[1]))
+            return outcome
+
+    monkeypatch.setattr(
+        watching, "make_watching_env", lambda game, obs_type: Recorded(make(game, obs_type=obs_type), 60)
+    )
     monkeypatch.setattr(watching, "ROWS", 4)
     for first, games, films in ((0, 7, 1), (2, 1, 0), (4, 3, 2)):  # more games than rows, alone, and some filmed
         assert main(f"--policy={policy}", f"--seed={first}", f"--iter={games}", f"--film={films}") == 0
         found = results(tmp_path)
-        assert found["seeds"] == list(range(first, first + games))
-        games = zip(found["scores"], map(tuple, found["lives_lost_at"]), strict=True)
-        scores.append(dict(zip(found["seeds"], games, strict=True)))
-    assert scores[1].items() | scores[2].items() <= scores[0].items()
-    assert len(set(scores[0].values())) > 3
+        assert found["seeds"] == sorted(played) == list(range(first, first + games))
+        assert found["scores"] == [sum(reward for _, reward in played[seed]) for seed in found["seeds"]]
+        runs.append(dict(played))
+        played.clear()
+    for run in runs[1:]:
+        assert run == {seed: runs[0][seed] for seed in run}
+    assert len(set(map(str, runs[0].values()))) == 7
 
 
 def test_what_the_network_says_of_a_game_is_the_same_to_the_last_digit_beside_whatever_other_games():
