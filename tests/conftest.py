@@ -216,6 +216,17 @@ def main(monkeypatch, capsys):
 
 
 @pytest.fixture
+def play(main, monkeypatch, tmp_path):
+    """Return a function that trains one group in `tmp_path`/run in this process, with games that cost no time."""
+
+    def call(*flags, games=None):
+        use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])) if games is None else games)
+        return main(f"--log_dir={tmp_path}/run", "--num_threads=1", "--filters=4", *flags)
+
+    return call
+
+
+@pytest.fixture
 def no_training(monkeypatch):
     """Let the test fail if games are built."""
     monkeypatch.setattr(groups, "make_training_envs", lambda *_: pytest.fail("training started"))

@@ -21,29 +21,15 @@ import environment
 from startup import UserError
 
 
-@pytest.fixture
-def play(tmp_path, main, monkeypatch):
-    """Return a function that runs the command line into `tmp_path`, with games that cost no time: what it printed."""
-
-    def call(max_iteration, *flags):
-        use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-        words = f"--log_dir={tmp_path}", "--num_threads=1", f"--max_iteration={max_iteration}", *flags
-        status, output, errors = main(*words)
-        assert status == 0, errors
-        return output
-
-    return call
-
-
 @pytest.mark.row(n=28)
 def test_resumed_run_keeps_its_settings_and_a_flag_beats_them_and_the_old_ones_stay_on_record(play, tmp_path):
-    play(2, "--learning_rate=1e-3", "--grad_clip=None")
-    output = play(4)
+    play("--max_iteration=2", "--learning_rate=1e-3", "--grad_clip=None")
+    _, output, _ = play("--max_iteration=4")
     assert "learning_rate = 0.001" in output
     assert "changed since the last run: learning_rate" not in output
-    output = play(6, "--learning_rate=2e-3", "--decay=0.9")
+    _, output, _ = play("--max_iteration=6", "--learning_rate=2e-3", "--decay=0.9")
     assert "changed since the last run: learning_rate from 0.001 to 0.002" in output
-    config = config_of(tmp_path)
+    config = config_of(tmp_path / "run")
     assert (config["learning_rate"], config["grad_clip"], config["decay"]) == (2e-3, None, 0.9)
     assert config["history"] == [
         {"iteration": 2, "agent_steps": 40, "was": {"max_iteration": 2}},
@@ -66,12 +52,13 @@ def test_default_that_the_user_edits_counts_for_a_resumed_run_as_does_a_new_fiel
 
 @pytest.mark.row(n=28)
 def test_program_that_resumes_a_run_gives_the_whole_config(play, tmp_path, monkeypatch, capsys):
-    play(2, "--learning_rate=1e-3")
+    play("--max_iteration=2", "--learning_rate=1e-3")
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-    config = a3c.Config(log_dir=str(tmp_path), device="cpu", num_threads=1, agents_per_thread=4, max_iteration=4)
+    small = {"device": "cpu", "num_threads": 1, "agents_per_thread": 4, "filters": 4}
+    config = a3c.Config(log_dir=f"{tmp_path}/run", max_iteration=4, **small)
     assert a3c.train(config) == 0
     assert "changed since the last run: learning_rate from 0.001 to 0.00025" in capsys.readouterr().out
-    assert config_of(tmp_path)["history"][0]["was"]["learning_rate"] == 1e-3
+    assert config_of(tmp_path / "run")["history"][0]["was"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.row(n=28)

@@ -26,7 +26,6 @@ from conftest import (
     FaultyEnv,
     Resumable,
     Running,
-    ScriptedEnv,
     checkpoints,
     command,
     ended,
@@ -107,20 +106,9 @@ def test_signal_or_exception_ends_a_run_saved_and_the_handlers_are_given_back(ma
     assert [signal.getsignal(n) for n in startup.STOP_SIGNALS] == before
 
 
-@pytest.fixture
-def train(main, monkeypatch, tmp_path):
-    """Return a function that trains with `games` in this process: status, what it printed, its errors."""
-
-    def call(games, *flags):
-        use_games(monkeypatch, games)
-        return main(f"--log_dir={tmp_path}/run", "--num_threads=1", "--filters=4", RARELY, *flags)
-
-    return call
-
-
 @pytest.mark.row(n=1)
 @pytest.mark.row(n=2)
-def test_second_signal_during_a_save_lets_it_complete(tmp_path, train, monkeypatch):
+def test_second_signal_during_a_save_lets_it_complete(tmp_path, play, monkeypatch):
     write, saves = tf.train.Checkpoint.write, []
 
     def write_disturbed(*arguments):
@@ -129,7 +117,7 @@ def test_second_signal_during_a_save_lets_it_complete(tmp_path, train, monkeypat
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(tf.train.Checkpoint, "write", write_disturbed)
-    status, output, _ = train(FaultyEnv(lambda: os.kill(os.getpid(), signal.SIGINT)), ENDLESS)
+    status, output, _ = play(ENDLESS, games=FaultyEnv(lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert (status, len(saves)) == (130, 1)
     assert f"saved {tmp_path}/run/last.ckpt" in output
     assert last_iteration(tmp_path / "run") == newest(tmp_path / "run") >= 6
@@ -366,12 +354,12 @@ def test_terminal_shows_the_bar_of_agent_steps_beneath_the_lines(tmp_path):
 
 
 @pytest.mark.row(n=25)
-def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_path, train, monkeypatch):
+def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_path, play, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(report.Report, "_write", lambda self, row: over.wait(60))
     start = time.monotonic()
     try:
-        status, output, _ = train(ScriptedEnv(np.zeros([5, 4])), "--max_iteration=20")
+        status, output, _ = play("--max_iteration=20")
         assert time.monotonic() - start < 40
     finally:
         over.set()
@@ -381,12 +369,12 @@ def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_
 
 
 @pytest.mark.row(n=6)
-def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, train, monkeypatch):
+def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, play, monkeypatch):
     def fill_up(row):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report, "_points", fill_up)
-    ended = train(ScriptedEnv(np.zeros([5, 4])), ENDLESS)
+    ended = play(ENDLESS)
     assert refusal(ended).startswith(f"cannot write the report in {tmp_path}/run: ")
     assert f"saved {tmp_path}/run/last.ckpt" in ended[1]
     assert last_iteration(tmp_path / "run") >= 2
@@ -396,9 +384,9 @@ def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, 
 
 
 @pytest.mark.row(n=31)
-def test_run_whose_folder_is_removed_says_so_and_ends(tmp_path, train):
+def test_run_whose_folder_is_removed_says_so_and_ends(tmp_path, play):
     folder = tmp_path / "run"
-    line = refusal(train(FaultyEnv(lambda: shutil.rmtree(folder, ignore_errors=True)), ENDLESS))
+    line = refusal(play(ENDLESS, games=FaultyEnv(lambda: shutil.rmtree(folder, ignore_errors=True))))
     assert line.startswith(f"log_dir = '{folder}' was removed, or taken by another run")
     assert not folder.exists()
 
@@ -415,7 +403,7 @@ def no_locks(monkeypatch):
 
 @pytest.mark.row(n=31)
 @pytest.mark.row(n=35)
-def test_run_whose_folder_another_takes_where_there_are_no_locks_leaves_it_to_that(tmp_path, train, no_locks):
+def test_run_whose_folder_another_takes_where_there_are_no_locks_leaves_it_to_that(tmp_path, play, no_locks):
     folder, taken = tmp_path / "run", []
 
     def files_of_the_other():
@@ -428,7 +416,7 @@ def test_run_whose_folder_another_takes_where_there_are_no_locks_leaves_it_to_th
             taken.append(files_of_the_other())
 
     with contextlib.ExitStack() as other:
-        status, output, errors = train(FaultyEnv(take), ENDLESS)
+        status, output, errors = play(ENDLESS, games=FaultyEnv(take))
     assert f"{folder}/.lock cannot be locked here: let no other run use this folder, else this one ends\n" in output
     assert "taken by another run" in refusal((status, output, errors))
     assert files_of_the_other() == taken[0]

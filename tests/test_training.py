@@ -14,7 +14,6 @@ from conftest import (
     refusal,
     rows,
     tensorboard,
-    use_games,
     watching,
 )
 
@@ -159,24 +158,13 @@ def test_gpu_that_is_not_there_is_refused_with_the_way_out_before_a_folder_is_ma
 # Games that cost no time.
 
 
-@pytest.fixture
-def play(tmp_path, main, monkeypatch):
-    """Return a function that trains in one thread with `games`: status, what it printed, its errors."""
-
-    def call(games, *flags):
-        use_games(monkeypatch, games)
-        return main(f"--log_dir={tmp_path}", "--num_threads=1", "--filters=4", *flags)
-
-    return call
-
-
 def test_saves_come_at_the_multiples_of_save_steps_and_rows_have_the_last_raw_scores(play, tmp_path, monkeypatch):
     saved, save = [], checkpoint.Saver.save
     monkeypatch.setattr(checkpoint.Saver, "save", lambda self: (saved.append(self.progress.agent_steps), save(self))[1])
     games = ScriptedEnv([[0, 0, 0, 0], [100, 20, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 0]])
-    assert play(games, "--save_steps=50", "--max_agent_steps=210")[0] == 0
+    assert play("--save_steps=50", "--max_agent_steps=210", games=games)[0] == 0
     assert saved == [60, 100, 160, 200, 220]  # updates of 20 steps; the last one is the end's
-    row = rows(tmp_path)[0]
+    row = rows(tmp_path / "run")[0]
     assert (float(row["average_score"]), float(row["maximum_score"])) == (40, 100)
     assert int(row["episodes"]) == 15  # three games end with every second of the ten steps
 
@@ -185,9 +173,9 @@ def test_saves_come_at_the_multiples_of_save_steps_and_rows_have_the_last_raw_sc
 def test_loss_that_is_not_finite_ends_the_run_and_the_network_before_it_is_saved(play, tmp_path):
     rewards = np.zeros([100, 4])
     rewards[30:] = np.nan
-    status, _, errors = play(ScriptedEnv(rewards))
+    status, _, errors = play(games=ScriptedEnv(rewards))
     assert status == 1
     assert "FloatingPointError: iteration 6: not finite" in errors
-    network, iteration = checkpoint.load_network(f"{tmp_path}/last.ckpt", 4)
+    network, iteration = checkpoint.load_network(f"{tmp_path}/run/last.ckpt", 4)
     assert iteration == 6
     assert all(np.all(np.isfinite(variable)) for variable in network.trainable_variables)
