@@ -110,6 +110,7 @@ def make_config(tmp_path):
 ROOT = Path(__file__).parent.parent
 TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_steps=60", "--device=cpu"]
 ENDLESS = "--max_iteration=None"
+LONG = "--max_iteration=3000"  # for what must end before; in this process nobody would end it
 RARELY = "--save_steps=1000000000"
 SMALL = ["--num_threads=1", "--agents_per_thread=2", ENDLESS, RARELY]
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import (
     ENDLESS,
+    LONG,
     RARELY,
     SMALL,
     FaultyEnv,
@@ -98,7 +99,7 @@ def test_signal_or_exception_ends_a_run_saved_and_the_handlers_are_given_back(ma
         os.kill(os.getpid(), number)
 
     use_games(monkeypatch, FaultyEnv(fault))
-    config = make_config(agents_per_thread=4, max_iteration=None, filters=4)
+    config = make_config(agents_per_thread=4, max_iteration=3000, filters=4)
     with pytest.raises(GroupFailure) if number is None else contextlib.nullcontext():
         assert a3c.train(config) == 128 + number
     assert last_iteration(config.log_dir) >= 6
@@ -117,7 +118,7 @@ def test_second_signal_during_a_save_lets_it_complete(tmp_path, play, monkeypatc
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(tf.train.Checkpoint, "write", write_disturbed)
-    status, output, _ = play(ENDLESS, games=FaultyEnv(lambda: os.kill(os.getpid(), signal.SIGINT)))
+    status, output, _ = play(LONG, games=FaultyEnv(lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert (status, len(saves)) == (130, 1)
     assert f"saved {tmp_path}/run/last.ckpt" in output
     assert last_iteration(tmp_path / "run") == newest(tmp_path / "run") >= 6
@@ -374,7 +375,7 @@ def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report, "_points", fill_up)
-    ended = play(ENDLESS)
+    ended = play(LONG)
     assert refusal(ended).startswith(f"cannot write the report in {tmp_path}/run: ")
     assert f"saved {tmp_path}/run/last.ckpt" in ended[1]
     assert last_iteration(tmp_path / "run") >= 2
@@ -386,7 +387,7 @@ def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, 
 @pytest.mark.row(n=31)
 def test_run_whose_folder_is_removed_says_so_and_ends(tmp_path, play):
     folder = tmp_path / "run"
-    line = refusal(play(ENDLESS, games=FaultyEnv(lambda: shutil.rmtree(folder, ignore_errors=True))))
+    line = refusal(play(LONG, games=FaultyEnv(lambda: shutil.rmtree(folder, ignore_errors=True))))
     assert line.startswith(f"log_dir = '{folder}' was removed, or taken by another run")
     assert not folder.exists()
 
@@ -416,7 +417,7 @@ def test_run_whose_folder_another_takes_where_there_are_no_locks_leaves_it_to_th
             taken.append(files_of_the_other())
 
     with contextlib.ExitStack() as other:
-        status, output, errors = play(ENDLESS, games=FaultyEnv(take))
+        status, output, errors = play(LONG, games=FaultyEnv(take))
     assert f"{folder}/.lock cannot be locked here: let no other run use this folder, else this one ends\n" in output
     assert "taken by another run" in refusal((status, output, errors))
     assert files_of_the_other() == taken[0]
