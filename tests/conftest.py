@@ -110,6 +110,9 @@ def make_config(tmp_path):
 ROOT = Path(__file__).parent.parent
 TINY = ["--num_threads=2", "--agents_per_thread=4", "--summary_period=2", "--save_steps=60", "--device=cpu"]
 ENDLESS = "--max_iteration=None"
+LONG = "--max_iteration=3000"  # for what must end before; in this process nobody would end it
+RARELY = "--save_steps=1000000000"
+SMALL = ["--num_threads=1", "--agents_per_thread=2", ENDLESS, RARELY]
 
 
 def command(folder, *flags, program=("a3c.py",)):
@@ -125,11 +128,11 @@ def run(folder, *flags, **options):
 class Running:
     """The program at work in the background, for a `with` block; killed at its end if it still runs."""
 
-    def __init__(self, folder, *flags, program=("a3c.py",)):
-        self.printed = Path(f"{folder}-output.txt")  # not a pipe: nobody empties it
-        words = command(folder, *flags, program=program)
+    def __init__(self, folder, *flags, program=("a3c.py",), **options):
+        self.folder, self.printed = folder, Path(f"{folder}-output.txt")  # not a pipe: nobody empties it
         with open(self.printed, "w") as file:
-            self.process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            options = {"stdout": file, "stderr": subprocess.STDOUT, **options}
+            self.process = subprocess.Popen(command(folder, *flags, program=program), cwd=ROOT, **options)
 
     def __enter__(self):
         return self
@@ -150,6 +153,18 @@ class Running:
         """Send a signal; return the exit status, which must come within 10 s, and all that was printed."""
         self.process.send_signal(number)
         return self.process.wait(timeout=10), self.printed.read_text()
+
+    def goes_on(self, updates=10):
+        """Return once it has made so many updates more."""
+        self.wait_for(lambda: has_rows(self.folder))
+        before = iterations(self.folder)[-1]
+        self.wait_for(lambda: iterations(self.folder)[-1] >= before + updates)
+
+    def ends_saved(self):
+        """End it; check that this takes less than ten seconds and that all is saved."""
+        before = iterations(self.folder)[-1]
+        assert self.send(signal.SIGTERM)[0] == 128 + signal.SIGTERM
+        assert last_iteration(self.folder) == newest(self.folder) >= before
 
 
 def rows(folder):
@@ -190,6 +205,7 @@ def trained(tmp_path_factory):
 def main(monkeypatch, capsys):
     """Return a function that runs the command line in this process: status, what it printed, its errors."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background pytest would ignore it, and so the run
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["a3c.py", *TINY, *flags])
@@ -199,6 +215,17 @@ def main(monkeypatch, capsys):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def play(main, monkeypatch, tmp_path):
+    """Return a function that trains one group in `tmp_path`/run in this process, with games that cost no time."""
+
+    def call(*flags, games=None):
+        use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])) if games is None else games)
+        return main(f"--log_dir={tmp_path}/run", "--num_threads=1", "--filters=4", RARELY, *flags)
+
+    return call
 
 
 @pytest.fixture

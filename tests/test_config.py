@@ -56,26 +56,26 @@ def test_defaults_are_the_originals():
 
 @pytest.mark.row(n=16)
 @pytest.mark.parametrize(
-    "name, values, wanted",
+    "name, value, wanted",
     [
-        ("num_threads", [0, -1, 2.0, math.nan, "2", True, None, 10**400], "a whole number from 1 to 2,146,435,072"),
-        ("noop_max", [-1, 0.5], "a whole number from 0 to 2,146,435,072"),
-        ("frameskip", [0, "none"], "a whole number from 1 to 2,146,435,072, or None"),
-        ("learning_rate", [0.0, -1.0, math.nan, math.inf, "1e-3", True, [3]], "a number above 0 to 2,146,435,072"),
-        ("grad_clip", [0.0, math.nan, "none"], "a number above 0 to 2,146,435,072, or None"),
-        ("value_weight", [-0.1, None], "a number from 0 to 2,146,435,072"),
-        ("gae_lambda", [-0.1, 1.01], "a number from 0 to 1"),
-        ("discount_factor", [0.0, 1.01], "a number above 0 to 1"),
-        ("max_pool", [0, 1, None, "True"], "True or False"),
-        ("compute_dtype", ["float16", "", None], "one of auto, float32, bfloat16"),
-        ("game", [3, None], "a text"),
-        ("log_dir", ["log*", "log?", "log[", "log]"], "a path in UTF-8 without"),
+        ("num_threads", True, "a whole number from 1 to 2,146,435,072"),
+        ("noop_max", 0.5, "a whole number from 0 to 2,146,435,072"),
+        ("frameskip", "none", "a whole number from 1 to 2,146,435,072, or None"),
+        ("learning_rate", math.nan, "a number above 0 to 2,146,435,072"),
+        ("grad_clip", 0.0, "a number above 0 to 2,146,435,072, or None"),
+        ("value_weight", -0.1, "a number from 0 to 2,146,435,072"),
+        ("gae_lambda", 1.01, "a number from 0 to 1"),
+        ("discount_factor", 0.0, "a number above 0 to 1"),
+        *(("max_pool", value, "True or False") for value in (0, 1, None, "True")),
+        *(("compute_dtype", value, "one of auto, float32, bfloat16") for value in ("float16", "", None)),
+        *(("game", value, "a text") for value in (3, None)),
+        *(("log_dir", f"log{character}", "a path in UTF-8 without") for character in "*?[]"),
     ],
 )
-def test_wrong_value_raises_naming_field_and_value_and_what_it_must_be(name, values, wanted):
-    for value in values:
-        with pytest.raises(ValueError, match=re.escape(f"{name} = {value!r}: must be {wanted}")):
-            Config(**{name: value})
+def test_wrong_value_raises_naming_field_and_value_and_what_it_must_be(name, value, wanted):
+    """Any value of any number is tried in test_faults.py."""
+    with pytest.raises(ValueError, match=re.escape(f"{name} = {value!r}: must be {wanted}")):
+        Config(**{name: value})
 
 
 @pytest.mark.row(n=34)
@@ -87,15 +87,11 @@ def test_wrong_value_raises_naming_field_and_value_and_what_it_must_be(name, val
         ("learning_rate", 1, 1.0),
         ("log_dir", pathlib.Path("x"), "x"),
         ("max_pool", np.bool_(True), True),
-        *((name, 0, 0) for name in ("random_seed", "noop_max", "entropy_beta", "value_weight", "decay", "gae_lambda")),
-        *((name, 1, 1.0) for name in ("discount_factor", "decay", "gae_lambda")),
-        *((name, None, None) for name in ("frameskip", "reward_clip", "annealing_steps", "grad_clip", "global_clip")),
     ],
 )
-def test_value_is_taken_as_the_type_of_its_field(name, value, taken):
+def test_value_of_another_type_is_taken_as_that_of_its_field(name, value, taken):
     found = getattr(Config(**{name: value}), name)
-    assert found == taken
-    assert type(found) is (float if isinstance(DEFAULTS[name], float) and value is not None else type(taken))
+    assert (found, type(found)) == (taken, type(taken))
 
 
 def test_folder_is_named_after_the_game_unless_it_is_given():
@@ -153,11 +149,6 @@ def test_every_field_is_a_flag_and_none_gives_the_defaults():
     "flags, said",
     [
         (["--num_threads=0"], "num_threads = 0: must be a whole number from 1"),
-        (["--learning_rate=-1"], "learning_rate = -1.0: must be a number above 0"),
-        (["--learning_rate=nan"], "learning_rate = nan: must be a number above 0"),
-        (["--discount_factor", "2"], "discount_factor = 2.0: must be a number above 0 to 1"),
-        (["--num_threads=2.5"], "--num_threads"),
-        (["--grad_clip", "none"], "--grad_clip"),
         (["--max_pool=yes"], "--max_pool"),
         (["--compute_dtype=float16"], "--compute_dtype"),
         (["--num_threads"], "--num_threads"),

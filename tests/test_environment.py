@@ -65,19 +65,6 @@ def test_description_of_a_game_says_that_its_random_frameskip_is_a_mean():
     assert find_game("ALE/MsPacman-v5").describe() == "ALE/MsPacman-v5: 9 actions, frame-skip 4, sticky actions 0.25"
 
 
-@pytest.mark.row(n=15)
-@pytest.mark.parametrize("name, near", [("Breakout", "Breakout-v0"), ("Pnog-v0", "Pong-v0"), ("", "Breakout-v0")])
-def test_unknown_game_raises_naming_near_ones(name, near):
-    with pytest.raises(ValueError, match=f"{name!r} is not known. Did you mean .*{near}"):
-        find_game(name)
-
-
-@pytest.mark.row(n=15)
-def test_game_that_is_not_atari_raises_naming_atari_ones():
-    with pytest.raises(ValueError, match=r"'CartPole-v1' is not an Atari game. Did you mean \w+-v\d"):
-        find_game("CartPole-v1")
-
-
 # Pixels.
 
 

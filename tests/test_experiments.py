@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, ended
 
-from benchmarks import games
+from benchmarks import experiments, games
 from benchmarks.common import read_rows
 from benchmarks.experiments import Trial, read_list, summary, write
 
@@ -29,15 +29,29 @@ def search(folder, text, *flags):
         return printed, list(csv.DictReader(file))
 
 
-def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_too(tmp_path):
-    text = f"tiny one: {TINY}  # a comment\n\nwrong: --gae_lambda=2\n"
-    _, rows = search(tmp_path, text, "--steps=205", "--seeds", 1, 2)
-    found = {(row["name"], row["seed"]): (row["flags"], row["agent_steps"], row["ended"]) for row in rows}
+def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_too(tmp_path, monkeypatch, main):
+    (tmp_path / "list.txt").write_text(f"tiny one: {TINY}  # a comment\n\nwrong: --gae_lambda=2\n")
+
+    def search(*seeds):
+        """Run it in this process; the fixture `main` gives the handlers of signals back."""
+        words = [tmp_path / "list.txt", f"--out={tmp_path}/table.csv", f"--log_dir={tmp_path}/runs", "--steps=205"]
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, words), "--seeds", *seeds])
+        experiments.main()
+        with open(tmp_path / "table.csv", newline="") as file:
+            return {(r["name"], r["seed"]): (r["flags"], r["agent_steps"], r["ended"]) for r in csv.DictReader(file)}
+
     tiny, wrong = (TINY, "205", "done"), ("--gae_lambda=2", "", "failed with exit status 2")
-    assert found == {("tiny one", "1"): tiny, ("tiny one", "2"): tiny, ("wrong", "1"): wrong, ("wrong", "2"): wrong}
-    assert read_rows(tmp_path / "runs/tiny-one-2/progress.csv")[-1]["agent_steps"] == "200"
-    assert (tmp_path / "runs/tiny-one-2/last.ckpt.index").exists()
-    assert search(tmp_path, f"tiny one: {TINY}\n", "--steps=205", "--seeds", 1, 2) == ("", rows)
+    assert search("1") == {("tiny one", "1"): tiny, ("wrong", "1"): wrong}
+    assert read_rows(tmp_path / "runs/tiny-one-1/progress.csv")[-1]["agent_steps"] == "200"
+    assert (tmp_path / "runs/tiny-one-1/last.ckpt.index").exists()
+    ran = []
+    monkeypatch.setattr(experiments, "follow", lambda words, *_: ran.append(words) or 2)
+    failed = (TINY, "", "failed with exit status 2")
+    expected = {("tiny one", "1"): tiny, ("tiny one", "2"): failed, ("wrong", "1"): wrong, ("wrong", "2"): wrong}
+    assert search("1", "2") == expected
+    assert {word for words in ran for word in words if "--log_dir" in word} == {
+        f"--log_dir={tmp_path}/runs/{name}" for name in ("tiny-one-2", "wrong-1", "wrong-2")
+    }
 
 
 @pytest.mark.slow

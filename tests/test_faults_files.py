@@ -13,7 +13,7 @@ import types
 import av
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, refusal, use_games, watching
+from conftest import ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, use_games, watching
 
 import a3c
 import checkpoint
@@ -21,52 +21,20 @@ import environment
 from startup import UserError
 
 
-@pytest.fixture
-def play(tmp_path, main, monkeypatch):
-    """Return a function that runs the command line into `tmp_path`, with games that cost no time: what it printed."""
-
-    def call(max_iteration, *flags):
-        use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-        words = f"--log_dir={tmp_path}", "--num_threads=1", f"--max_iteration={max_iteration}", *flags
-        status, output, errors = main(*words)
-        assert status == 0, errors
-        return output
-
-    return call
-
-
 @pytest.mark.row(n=28)
 def test_resumed_run_keeps_its_settings_and_a_flag_beats_them_and_the_old_ones_stay_on_record(play, tmp_path):
-    play(2, "--learning_rate=1e-3", "--grad_clip=None")
-    output = play(4)
+    play("--max_iteration=2", "--learning_rate=1e-3", "--grad_clip=None")
+    _, output, _ = play("--max_iteration=4")
     assert "learning_rate = 0.001" in output
     assert "changed since the last run: learning_rate" not in output
-    output = play(6, "--learning_rate=2e-3", "--decay=0.9")
+    _, output, _ = play("--max_iteration=6", "--learning_rate=2e-3", "--decay=0.9")
     assert "changed since the last run: learning_rate from 0.001 to 0.002" in output
-    config = config_of(tmp_path)
+    config = config_of(tmp_path / "run")
     assert (config["learning_rate"], config["grad_clip"], config["decay"]) == (2e-3, None, 0.9)
     assert config["history"] == [
         {"iteration": 2, "agent_steps": 40, "was": {"max_iteration": 2}},
         {"iteration": 4, "agent_steps": 80, "was": {"max_iteration": 4, "learning_rate": 1e-3, "decay": 0.99}},
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.row(n=28)
-def test_preset_need_not_be_given_again_and_does_not_undo_a_flag(play, tmp_path):
-    play(2, "--preset=fast", "--learning_rate=1e-4")
-    play(4)
-    play(6, "--preset=fast")
-    config = config_of(tmp_path)
-    assert (config["filters"], config["learning_rate"], config["life_loss_ends_return"]) == (16, 1e-4, True)
-
-
-@pytest.mark.row(n=28)
-@pytest.mark.row(n=20)
-def test_preset_of_another_network_is_refused(trained_copy, main, no_training):
-    before = config_of(trained_copy)
-    assert "is of another network" in refusal(main(f"--log_dir={trained_copy}", "--preset=fast"))
-    assert config_of(trained_copy) == before
 
 
 @pytest.mark.row(n=28)
@@ -84,12 +52,13 @@ def test_default_that_the_user_edits_counts_for_a_resumed_run_as_does_a_new_fiel
 
 @pytest.mark.row(n=28)
 def test_program_that_resumes_a_run_gives_the_whole_config(play, tmp_path, monkeypatch, capsys):
-    play(2, "--learning_rate=1e-3")
+    play("--max_iteration=2", "--learning_rate=1e-3")
     use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-    config = a3c.Config(log_dir=str(tmp_path), device="cpu", num_threads=1, agents_per_thread=4, max_iteration=4)
+    small = {"device": "cpu", "num_threads": 1, "agents_per_thread": 4, "filters": 4}
+    config = a3c.Config(log_dir=f"{tmp_path}/run", max_iteration=4, **small)
     assert a3c.train(config) == 0
     assert "changed since the last run: learning_rate from 0.001 to 0.00025" in capsys.readouterr().out
-    assert config_of(tmp_path)["history"][0]["was"]["learning_rate"] == 1e-3
+    assert config_of(tmp_path / "run")["history"][0]["was"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.row(n=28)
@@ -214,15 +183,15 @@ def test_environment_of_a_failed_make_is_made_anew(tmp_path):
 
 
 @pytest.mark.row(n=33)
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), pytest.param(9, -9, marks=pytest.mark.slow)])
 def test_games_go_on_where_the_reader_leaves_and_those_played_until_a_kill_are_in_the_results(tmp_path, number, status):
     """`a3c-test.py | head -2`, ended later."""
 
     def played():
         return json.loads((tmp_path / "results.json").read_text())["games"]
 
-    flags = [f"--model={SHIPPED}", f"--out={tmp_path}", "--iter=100000", "--epsilon=1", "--device=cpu"]
-    words, errors = [sys.executable, "a3c-test.py", *flags], tmp_path / "errors"
+    flags = [f"--model={SHIPPED}", f"--out={tmp_path}", "--iter=100000", "--epsilon=1", "--frameskip=12"]
+    words, errors = [sys.executable, "a3c-test.py", "--device=cpu", *flags], tmp_path / "errors"
     with (
         open(errors, "w") as file,
         subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=file) as process,

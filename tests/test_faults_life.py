@@ -1,10 +1,11 @@
 """However a run is ended, and whatever breaks around it, nothing is lost: faults that are injected for real.
 
-Rows 25, 26, 29, 30, 31, 34 and 35 of `docs/reliability.md`.
+Rows 1 to 5, 25, 26, 29 to 31, 34 and 35 of `docs/reliability.md`.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
 import pty
 import re
@@ -15,25 +16,26 @@ import sys
 import termios
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import (
     ENDLESS,
-    ROOT,
+    LONG,
+    RARELY,
+    SMALL,
+    FaultyEnv,
     Resumable,
     Running,
-    ScriptedEnv,
+    checkpoints,
     command,
     ended,
-    has_rows,
+    files,
     iterations,
     last_iteration,
     newest,
     own_mounts,
     refusal,
-    resumed,
     rows,
     run,
     tensorboard,
@@ -45,33 +47,217 @@ import checkpoint
 import groups
 import report
 import startup
-from async_agent import GroupFailure
-from startup import UserError
-
-RARELY = "--save_steps=1000000"
-SMALL = ["--num_threads=1", "--agents_per_thread=2", ENDLESS, RARELY]
-SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+from async_agent import GroupFailure, Progress
+from network import Losses
+from startup import UserError, tf
 
 
-class Program(Running):
-    """The program at work, with its output where `options` of Popen say."""
+def slow(*values, row):
+    """Return a case of a test that is run on demand."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.row(n=row)])
 
-    def __init__(self, folder, *flags, program=("a3c.py",), **options):
-        self.folder, self.printed = folder, Path(os.devnull)
-        words = command(folder, *SMALL, *flags, program=program)
-        self.process = subprocess.Popen(words, cwd=ROOT, **options)
 
-    def goes_on(self, updates=10):
-        """Return once it has made so many updates more."""
-        self.wait_for(lambda: has_rows(self.folder))
-        before = iterations(self.folder)[-1]
-        self.wait_for(lambda: iterations(self.folder)[-1] >= before + updates)
+# Rows 1, 3 and 26: every way of being told to end.
 
-    def ends_saved(self):
-        """End it; check that this takes less than ten seconds and that all is saved."""
-        before = iterations(self.folder)[-1]
-        assert self.send(signal.SIGTERM)[0] == 128 + signal.SIGTERM
-        assert last_iteration(self.folder) == newest(self.folder) >= before
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        pytest.param("SIGINT", "building games: 0", marks=pytest.mark.row(n=1)),
+        pytest.param("SIGTERM", "iteration 4 ", marks=pytest.mark.row(n=3)),
+        slow("SIGINT", "iteration 4 ", row=1),
+        slow("SIGTERM", "building games: 0", row=3),
+        slow("SIGHUP", "iteration 4 ", row=26),
+    ],
+)
+def test_signal_saves_prints_the_path_and_ends_within_ten_seconds(tmp_path, name, said):
+    number, folder = getattr(signal, name), tmp_path / "run"
+    with Running(folder, ENDLESS, RARELY) as running:
+        running.wait_for(lambda: said in running.printed.read_text())
+        status, output = running.send(number)
+    assert status == 128 + number
+    assert f"saved {folder}/last.ckpt" in output
+    assert last_iteration(folder) == newest(folder) >= (4 if "iteration" in said else 0)
+    assert not list(folder.glob(".unfinished*"))
+    log = running.printed.read_bytes()  # no bar goes into a file: `grep ^iteration` finds every row
+    assert b"\r" not in log
+    assert len(re.findall(rb"(?m)^iteration \d+  steps", log)) == len(rows(folder))
+
+
+@pytest.mark.row(n=26)
+@pytest.mark.row(n=34)
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, None, *(slow(n, row=26) for n in (signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1))]
+)
+def test_signal_or_exception_ends_a_run_saved_and_the_handlers_are_given_back(make_config, monkeypatch, number):
+    before, during = [signal.getsignal(n) for n in startup.STOP_SIGNALS], []
+
+    def fault():
+        during.append([signal.getsignal(n) for n in startup.STOP_SIGNALS])
+        if number is None:
+            raise RuntimeError("cable pulled")
+        os.kill(os.getpid(), number)
+
+    use_games(monkeypatch, FaultyEnv(fault))
+    config = make_config(agents_per_thread=4, max_iteration=3000, filters=4)
+    with pytest.raises(GroupFailure) if number is None else contextlib.nullcontext():
+        assert a3c.train(config) == 128 + number
+    assert last_iteration(config.log_dir) >= 6
+    assert not set(during[0]) & set(before)
+    assert [signal.getsignal(n) for n in startup.STOP_SIGNALS] == before
+
+
+@pytest.mark.row(n=1)
+@pytest.mark.row(n=2)
+def test_second_signal_during_a_save_lets_it_complete(tmp_path, play, monkeypatch):
+    write, saves = tf.train.Checkpoint.write, []
+
+    def write_disturbed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        saves.append(write(*arguments))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", write_disturbed)
+    status, output, _ = play(LONG, games=FaultyEnv(lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert (status, len(saves)) == (130, 1)
+    assert f"saved {tmp_path}/run/last.ckpt" in output
+    assert last_iteration(tmp_path / "run") == newest(tmp_path / "run") >= 6
+
+
+# Rows 4, 5, 29 and 30: kills. How much they lose, what is resumed, and the curves of TensorBoard after them.
+
+
+def check_curves(folder):
+    """Check that TensorBoard's curves are those of progress.csv."""
+    table = rows(folder)
+    for place, axis in ((folder, "iteration"), (folder / "per-eps", "episodes")):
+        curves = tensorboard(place)
+        for column, tag in report.COLUMNS.items():
+            if tag:
+                points, kept = curves.pop(tag, []), [row for row in table if row[column] != "nan"]
+                assert [point.step for point in points] == [int(row[axis]) for row in kept]
+                shown = [point.value for point in points]
+                np.testing.assert_allclose(shown, [float(row[column]) for row in kept], rtol=1e-6)
+        assert not curves
+
+
+@pytest.mark.row(n=4)
+@pytest.mark.row(n=5)
+@pytest.mark.row(n=29)
+@pytest.mark.row(n=30)
+@pytest.mark.parametrize("kills, seconds", [(1, 2), pytest.param(50, 8, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_resumes_the_newest_save_and_the_curves_of_its_csv(tmp_path, kills, seconds):
+    """The run saves by the clock, about every second. The last kill comes after a save, others at any moment."""
+    assert a3c.Config().save_minutes == 10
+    folder, rng, reached, games = tmp_path / "run", np.random.default_rng(), 0, 0
+    for kill in range(1, kills + 1):
+        with Running(folder, ENDLESS, RARELY, "--save_minutes=0.02") as running:
+            running.wait_for(lambda: "Training on" in running.printed.read_text())
+            if kill == kills:
+                running.wait_for(lambda: checkpoint.numbered(str(folder)) and newest(folder) > reached)  # noqa: B023
+                first = newest(folder)
+                running.wait_for(lambda: newest(folder) > first)  # noqa: B023
+            time.sleep(rng.uniform(0, seconds))
+            seen = newest(folder) if checkpoint.numbered(str(folder)) else 0  # what a user could have been told
+        output = running.printed.read_text()
+        assert "damaged" not in output
+        if reached and "resumed" in output:
+            assert f"resumed {folder}/model.ckpt-{reached}: {reached * 20:,} agent steps, {games:,} games" in output
+        if seen:
+            state = Resumable(shutil.copytree(folder, tmp_path / f"copy {kill}"))  # the restart mends the folder itself
+            assert state.resume()
+            assert all("has no .index file" in text for text in state.warnings)  # never a damaged one
+            assert all(np.all(np.isfinite(x)) for x in state.state())
+            assert all(np.any(x != 1) for x in state.state()[10:])  # RMSProp's slots have moved
+            assert state.progress.iteration >= max(seen, reached)
+            assert state.progress.agent_steps == state.progress.iteration * 20
+            assert state.progress.episodes >= games
+            reached, games = state.progress.iteration, state.progress.episodes
+            last = checkpoint.resolve(f"{folder}/last.ckpt")  # the kill may have come as that was replaced
+            assert checkpoint.read(last)[1] in (seen, reached)
+            print(f"kill {kill}: iteration {reached}, {games} games")
+    end = reached // 2 * 2 + 4  # before most of the rows that were lost
+    ended = run(folder, f"--max_iteration={end}")
+    assert ended.returncode == 0, ended.stderr
+    assert f"resumed {folder}/model.ckpt-{reached}: {reached * 20:,} agent steps, {games:,} games" in ended.stdout
+    assert iterations(folder) == list(range(2, end + 1, 2))
+    check_curves(folder)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
+    expected = {name + suffix for name in checkpoints(folder) for suffix in (checkpoint.DATA, checkpoint.INDEX)}
+    assert names == expected | {"config.json", "progress.csv", "per-eps", ".lock"}  # nothing half-written is left
+
+
+def report_on(folder, progress, end, games=0):
+    """Report updates up to `end`, each of 20 agent steps; `games` end in the first of them."""
+    reporter = report.Report(a3c.Config(log_dir=str(folder), summary_period=2), progress)
+    progress.episodes += games
+    progress.scores[0, :games] = progress.iteration
+    while progress.iteration < end:
+        progress.iteration, progress.agent_steps = progress.iteration + 1, progress.agent_steps + 20
+        reporter.count_update(Losses(*np.random.default_rng(progress.iteration).normal(size=4)))
+    reporter.close()
+    assert not reporter.background.failure
+
+
+@pytest.mark.row(n=29)
+@pytest.mark.parametrize("games", [3, 0])
+def test_curves_hold_where_lost_rows_have_as_many_games_as_those_that_stay(tmp_path, games):
+    progress = Progress(1, 4)
+    report_on(tmp_path, progress, 6, games)
+    saved = progress.serialize()
+    report_on(tmp_path, progress, 20)
+    check_curves(tmp_path)
+    progress.deserialize(saved)
+    with open(tmp_path / "progress.csv", "a") as file:
+        file.write("22,440")  # killed in the middle of a row
+    report_on(tmp_path, progress, 8, games)
+    assert iterations(tmp_path) == [2, 4, 6, 8]
+    check_curves(tmp_path)
+
+
+@pytest.mark.row(n=29)
+def test_long_runs_and_high_scores_keep_their_digits(tmp_path):
+    progress = Progress(1, 4)
+    progress.scores[:] = 1234567.0
+    progress.seconds = 1_234_567.25
+    report_on(tmp_path, progress, 2)
+    (row,) = rows(tmp_path)
+    assert float(row["average_score"]) == float(row["maximum_score"]) == 1234567.0
+    assert 1_234_567.25 < float(row["seconds"]) < 1_234_567 + 100
+    assert float(row["seconds"]) % 1
+
+
+@pytest.mark.row(n=2)
+@pytest.mark.row(n=4)
+@pytest.mark.row(n=30)
+def test_kill_between_any_two_steps_of_a_save_leaves_a_complete_one(tmp_path, monkeypatch):
+    """Before each step that changes a file the folder is copied: this is what a kill would leave of it."""
+    folder, left = tmp_path / "run", []
+    folder.mkdir()
+    run = Resumable(folder, filters=4)
+    run.save(10)
+
+    def after_a_copy(change):
+        def step(*arguments):
+            left.append(tmp_path / str(len(left)))
+            subprocess.run(["cp", "-r", folder, left[-1]], check=True)
+            return change(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "replace"), (os, "remove"), (shutil, "copyfile")):
+            patch.setattr(module, name, after_a_copy(getattr(module, name)))
+        run.save(20)
+    assert len(left) > 8
+    for folder in left:
+        for path in checkpoint.all_checkpoints(str(folder)):
+            checkpoint.read(path)  # raises where it is damaged
+        assert checkpoint.read(checkpoint.resolve(f"{folder}/last.ckpt"))[1] in (10, 20)
+        state = Resumable(folder, filters=4)
+        assert state.resume() in [f"{folder}/{name}" for name in ("model.ckpt-10", "model.ckpt-20")]
+        state.save(30)
+        assert last_iteration(folder) == newest(folder) == 30
 
 
 # Row 25: output that breaks.
@@ -87,7 +273,7 @@ def fill(pipe):
 
 def open_output(kind):
     """Return where the program is to write to, and a function that breaks that."""
-    if kind == "full disk":
+    if kind in ("full disk", "closed"):
         return os.open("/dev/full", os.O_WRONLY), lambda: None
     reader, writer = os.pipe() if "pipe" in kind else pty.openpty()
     return writer, {
@@ -98,29 +284,41 @@ def open_output(kind):
     }[kind]
 
 
+KINDS = ["full disk", "closed", "pipe without a reader", "pipe that is not read", "closed terminal", "stopped terminal"]
+
+
+@pytest.mark.row(n=3)
 @pytest.mark.row(n=25)
+@pytest.mark.row(n=26)
 @pytest.mark.parametrize(
-    "kind",
-    ["full disk", "pipe without a reader", "pipe that is not read", "closed terminal", "stopped terminal"],
+    "kinds",
+    [
+        ("full disk", "closed"),
+        ("pipe without a reader", "stopped terminal"),
+        ("closed terminal", "pipe that is not read"),
+        *(pytest.param((kind, kind), marks=pytest.mark.slow) for kind in KINDS),  # one place for both, as by 2>&1
+    ],
 )
-def test_output_that_breaks_does_not_keep_a_run_from_going_on_and_ending_saved(tmp_path, kind):
-    place, breaks = open_output(kind)
-    with Program(tmp_path / "run", stdout=place, stderr=place) as program:
-        program.goes_on(updates=2)
-        breaks()
-        program.goes_on()
-        program.ends_saved()
+def test_run_goes_on_and_ends_saved_where_its_outputs_break_and_a_signal_is_ignored(tmp_path, kinds):
+    """Stdout and stderr break, stdin is closed, and SIGHUP is ignored at the start, as by `nohup`."""
+    places = {kind: open_output(kind) for kind in kinds}
+    stdout, stderr = (places[kind][0] for kind in kinds)
 
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number, kind in enumerate(("closed", *kinds)):
+            if kind == "closed":
+                os.close(number)
 
-@pytest.mark.row(n=25)
-@pytest.mark.parametrize("closed", [[2], [0, 1, 2]])
-def test_closed_output_is_never_taken_for_a_file_of_the_run(tmp_path, closed):
-    close = lambda: [os.close(number) for number in closed]  # noqa: E731
-    with Program(tmp_path / "run", **SILENT, stdin=subprocess.DEVNULL, preexec_fn=close) as program:
-        program.goes_on()
-        for number in range(3):
-            assert os.readlink(f"/proc/{program.process.pid}/fd/{number}").startswith("/dev/")
-        program.ends_saved()
+    with Running(tmp_path / "run", *SMALL, stdout=stdout, stderr=stderr, preexec_fn=prepare) as running:
+        running.goes_on(updates=2)
+        for _, breaks in places.values():
+            breaks()
+        running.process.send_signal(signal.SIGHUP)
+        running.goes_on()
+        for number in range(3):  # a closed output is never taken for a file of the run
+            assert os.readlink(f"/proc/{running.process.pid}/fd/{number}").startswith(("/dev/", "pipe:"))
+        running.ends_saved()
 
 
 @pytest.mark.row(n=25)
@@ -145,9 +343,9 @@ def test_terminal_shows_the_bar_of_agent_steps_beneath_the_lines(tmp_path):
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     outputs = {"stdout": program_side, "stderr": program_side}
-    with Program(tmp_path / "run", "--max_agent_steps=2000000", **outputs) as program:
-        program.goes_on()
-        program.ends_saved()
+    with Running(tmp_path / "run", *SMALL, "--max_agent_steps=2000000", **outputs) as running:
+        running.goes_on()
+        running.ends_saved()
     os.close(program_side)
     reader.join(10)
     text = b"".join(shown).decode()
@@ -157,208 +355,72 @@ def test_terminal_shows_the_bar_of_agent_steps_beneath_the_lines(tmp_path):
 
 
 @pytest.mark.row(n=25)
-def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_path, main, monkeypatch):
+def test_file_of_the_report_that_hangs_does_not_hold_up_training_and_saving(tmp_path, play, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(report.Report, "_write", lambda self, row: over.wait(60))
-    use_games(monkeypatch, *(ScriptedEnv(np.zeros([5, 4])) for _ in range(2)))
     start = time.monotonic()
     try:
-        status, output, _ = main(f"--log_dir={tmp_path}", "--max_iteration=20")
+        status, output, _ = play("--max_iteration=20")
         assert time.monotonic() - start < 40
     finally:
         over.set()
     assert status == 0
-    assert f"saved {tmp_path}/last.ckpt" in output
-    assert last_iteration(tmp_path) == 20
+    assert f"saved {tmp_path}/run/last.ckpt" in output
+    assert last_iteration(tmp_path / "run") == 20
 
 
 @pytest.mark.row(n=6)
-def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, main, monkeypatch):
+def test_file_of_the_report_that_cannot_be_written_ends_the_run_saved(tmp_path, play, monkeypatch):
     def fill_up(row):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report, "_points", fill_up)
-    use_games(monkeypatch, ScriptedEnv(np.zeros([5, 4])))
-    ended = main(f"--log_dir={tmp_path}", "--num_threads=1")
-    assert refusal(ended).startswith(f"cannot write the report in {tmp_path}: ")
-    assert f"saved {tmp_path}/last.ckpt" in ended[1]
-    assert last_iteration(tmp_path) >= 2
-
-
-# Row 26: every way of being told to end.
-
-
-@pytest.mark.row(n=25)
-@pytest.mark.row(n=26)
-@pytest.mark.parametrize(
-    "name", ["SIGHUP", "SIGQUIT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGXCPU", "SIGUSR1"))]
-)
-def test_any_signal_that_ends_a_program_saves_and_ends_within_ten_seconds(tmp_path, name):
-    number, folder = getattr(signal, name), tmp_path / "run"
-    with Running(folder, *SMALL) as running:
-        running.wait_for(lambda: has_rows(folder))
-        status, output = running.send(number)
-    assert status == 128 + number
-    assert f"saved {folder}/last.ckpt" in output
-    assert last_iteration(folder) == newest(folder) >= 4
-    log = running.printed.read_bytes()  # no bar goes into a file: `grep ^iteration` finds every row
-    assert b"\r" not in log
-    assert len(re.findall(rb"(?m)^iteration \d+  steps", log)) == len(rows(folder))
-
-
-@pytest.mark.row(n=26)
-def test_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731  # as nohup does
-    with Program(tmp_path / "run", **SILENT, preexec_fn=ignore) as program:
-        program.goes_on(updates=2)
-        program.process.send_signal(signal.SIGHUP)
-        program.goes_on()
-        program.ends_saved()
-
-
-@pytest.mark.row(n=26)
-@pytest.mark.row(n=34)
-@pytest.mark.parametrize("fault", [False, True])
-def test_handlers_of_signals_are_given_back(make_config, monkeypatch, fault):
-    before, during = [signal.getsignal(number) for number in startup.STOP_SIGNALS], []
-
-    class Watched(ScriptedEnv):
-        def step(self, actions):
-            during.append([signal.getsignal(number) for number in startup.STOP_SIGNALS])
-            if fault:
-                raise RuntimeError("cable pulled")
-            return super().step(actions)
-
-    use_games(monkeypatch, Watched(np.zeros([5, 2])))
-    with pytest.raises(GroupFailure) if fault else contextlib.nullcontext():
-        assert a3c.train(make_config(max_iteration=2)) == 0
-    assert not set(during[0]) & set(before)
-    assert [signal.getsignal(number) for number in startup.STOP_SIGNALS] == before
-
-
-# Row 29: TensorBoard's curves are those of progress.csv.
-
-
-def check_curves(folder):
-    table = rows(folder)
-    for place, axis in ((folder, "iteration"), (folder / "per-eps", "episodes")):
-        curves = tensorboard(place)
-        for column, tag in report.COLUMNS.items():
-            if tag:
-                points, kept = curves.pop(tag, []), [row for row in table if row[column] != "nan"]
-                assert [point.step for point in points] == [int(row[axis]) for row in kept]
-                shown = [point.value for point in points]
-                np.testing.assert_allclose(shown, [float(row[column]) for row in kept], rtol=1e-6)
-        assert not curves
-
-
-@pytest.mark.row(n=29)
-def test_killed_and_resumed_run_has_the_curves_of_its_csv(tmp_path):
-    folder = tmp_path / "run"
-    with Running(folder, ENDLESS, "--save_steps=600", "--num_threads=1") as running:
-        running.wait_for(lambda: checkpoint.numbered(str(folder)))
-        running.wait_for(lambda: iterations(folder)[-1] >= newest(folder) + 6)
-        running.process.kill()
-        running.process.wait()
-    assert iterations(folder)[-1] > newest(folder)
-    end = newest(folder) + 2  # before the rows that were lost
-    assert run(folder, f"--max_iteration={end}", "--num_threads=1").returncode == 0
-    assert iterations(folder) == list(range(2, end + 1, 2))
-    check_curves(folder)
-
-
-@pytest.mark.row(n=4)
-@pytest.mark.row(n=29)
-@pytest.mark.parametrize("ended", [3, 0])
-def test_curves_hold_where_lost_rows_have_as_many_games_as_those_that_stay(tmp_path, main, monkeypatch, ended):
-    """Games end in the first steps only, or never."""
-    for end in (6, 20, 8):
-        use_games(monkeypatch, ScriptedEnv(np.ones([200, 4]), np.arange(200)[:, None] < np.full(4, ended)))
-        assert main(f"--log_dir={tmp_path}", "--num_threads=1", RARELY, f"--max_iteration={end}")[0] == 0
-        check_curves(tmp_path)
-        if end == 20:  # as if it had been killed before this save, and in the middle of a row
-            for path in [*tmp_path.glob("model.ckpt-20*"), *tmp_path.glob("last.ckpt*")]:
-                path.unlink()
-            with open(tmp_path / "progress.csv", "a") as file:
-                file.write("6,120")
-    assert iterations(tmp_path) == [2, 4, 6, 8]
-
-
-@pytest.mark.row(n=29)
-def test_long_runs_and_high_scores_keep_their_digits(tmp_path, main, monkeypatch):
-    use_games(monkeypatch, ScriptedEnv(np.full([5, 4], 246913.4), np.arange(5)[:, None] == np.full(4, 4)))
-    real = a3c.Progress.total_seconds
-    monkeypatch.setattr(a3c.Progress, "total_seconds", lambda self: real(self) + 1_234_567.25)
-    assert main(f"--log_dir={tmp_path}", "--num_threads=1", "--max_iteration=2")[0] == 0
-    (row,) = rows(tmp_path)
-    assert float(row["average_score"]) == float(row["maximum_score"]) == 1234567.0
-    assert 1_234_567.25 < float(row["seconds"]) < 1_234_567 + 100
-    assert float(row["seconds"]) % 1
-
-
-# Row 30: how much a kill can lose.
-
-
-@pytest.mark.row(n=30)
-def test_run_is_saved_by_the_clock_too_and_last_is_always_the_newest(tmp_path):
-    assert a3c.Config().save_minutes == 10
-    folder = tmp_path / "run"
-    with Running(folder, *SMALL, "--save_minutes=0.02") as running:
-        for _ in range(3):
-            before = newest(folder) if checkpoint.numbered(str(folder)) else 0
-            running.wait_for(lambda: checkpoint.numbered(str(folder)) and newest(folder) > before)  # noqa: B023
-        running.process.kill()
-        running.process.wait()
-    assert resumed(folder).iteration == newest(folder)
-    last = checkpoint.resolve(str(folder / "last.ckpt"))  # the kill may have come as that was replaced
-    assert checkpoint.read(last)[1] >= before
-
-
-@pytest.mark.row(n=30)
-@pytest.mark.row(n=4)
-def test_kill_between_any_two_steps_of_a_save_leaves_a_complete_one(tmp_path, monkeypatch):
-    """Before each step that changes a file the folder is copied: this is what a kill would leave of it."""
-    folder, left = tmp_path / "run", []
-    folder.mkdir()
-    run = Resumable(folder)
-    run.save(10)
-
-    def after_a_copy(change):
-        def step(*arguments):
-            left.append(tmp_path / str(len(left)))
-            subprocess.run(["cp", "-r", folder, left[-1]], check=True)
-            return change(*arguments)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        for module, name in ((os, "replace"), (os, "remove"), (shutil, "copyfile")):
-            patch.setattr(module, name, after_a_copy(getattr(module, name)))
-        run.save(20)
-    assert len(left) > 8
-    for folder in left:
-        for path in checkpoint.all_checkpoints(str(folder)):
-            checkpoint.read(path)  # raises where it is damaged
-        assert checkpoint.read(checkpoint.resolve(f"{folder}/last.ckpt"))[1] in (10, 20)
-        state = Resumable(folder)
-        assert state.resume() in [f"{folder}/{name}" for name in ("model.ckpt-10", "model.ckpt-20")]
-        state.save(30)
-        assert last_iteration(folder) == newest(folder) == 30
+    ended = play(LONG)
+    assert refusal(ended).startswith(f"cannot write the report in {tmp_path}/run: ")
+    assert f"saved {tmp_path}/run/last.ckpt" in ended[1]
+    assert last_iteration(tmp_path / "run") >= 2
 
 
 # Row 31: the log folder is removed, or taken by another run.
 
 
 @pytest.mark.row(n=31)
-def test_run_whose_folder_is_removed_says_so_and_ends(tmp_path):
+def test_run_whose_folder_is_removed_says_so_and_ends(tmp_path, play):
     folder = tmp_path / "run"
-    with Running(folder, *SMALL) as running:
-        running.wait_for(lambda: has_rows(folder))
-        shutil.rmtree(folder)
-        assert running.process.wait(timeout=15) == 1
-    last = running.printed.read_text().splitlines()[-1]
-    assert last.startswith(f"a3c.py: error: log_dir = '{folder}' was removed, or taken by another run")
+    line = refusal(play(LONG, games=FaultyEnv(lambda: shutil.rmtree(folder, ignore_errors=True))))
+    assert line.startswith(f"log_dir = '{folder}' was removed, or taken by another run")
     assert not folder.exists()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """Let there be no locks, as on some network file systems."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.row(n=31)
+@pytest.mark.row(n=35)
+def test_run_whose_folder_another_takes_where_there_are_no_locks_leaves_it_to_that(tmp_path, play, no_locks):
+    folder, taken = tmp_path / "run", []
+
+    def files_of_the_other():
+        return {"progress.csv": (folder / "progress.csv").read_bytes(), **files(folder)}
+
+    def take():
+        if not taken:
+            other.enter_context(groups.run_folder(str(folder)))
+            report_on(folder, Progress(1, 4), 2)
+            taken.append(files_of_the_other())
+
+    with contextlib.ExitStack() as other:
+        status, output, errors = play(LONG, games=FaultyEnv(take))
+    assert f"{folder}/.lock cannot be locked here: let no other run use this folder, else this one ends\n" in output
+    assert "taken by another run" in refusal((status, output, errors))
+    assert files_of_the_other() == taken[0]
 
 
 @pytest.mark.row(n=31)
@@ -387,7 +449,7 @@ import a3c
 a3c.tf.constant(1.0) + 1
 settings = dict(log_dir=Path(sys.argv[1]), num_threads=np.int64(1), agents_per_thread=np.int8(2), device="cpu")
 statuses = []
-for end in (20, 40):
+for end in (2, 4):
     config = a3c.Config(**settings, learning_rate=np.float32(1e-3), max_iteration=np.int32(end))
     thread = threading.Thread(target=lambda: statuses.append(a3c.train(config)))
     thread.start()
@@ -403,7 +465,7 @@ def test_training_where_tensorflow_is_already_at_work_in_a_thread_twice_with_num
     assert status == 0, errors
     assert output.count("TensorFlow was already at work in this process") == 2
     assert output.splitlines()[-1] == "[0, 0] [] True"
-    assert last_iteration(tmp_path) == 40
+    assert last_iteration(tmp_path) == 4
 
 
 # Row 35: restricted machines. Quotas and GPUs are in test_startup.py.
@@ -415,7 +477,8 @@ mount -t tmpfs tmpfs "$0" && mount -o remount,bind,ro / && mount -t tmpfs -o ro 
 
 @pytest.mark.row(n=35)
 def test_read_only_root_without_a_temporary_folder_names_the_way_out_which_is_one(tmp_path):
-    words = [*own_mounts(), "sh", "-c", READ_ONLY_ROOT, str(tmp_path), *command(tmp_path / "run", "--max_iteration=4")]
+    words = command(tmp_path / "run", "--num_threads=1", "--max_iteration=2")
+    words = [*own_mounts(), "sh", "-c", READ_ONLY_ROOT, str(tmp_path), *words]
     nowhere = {**os.environ, "HOME": "/nowhere"}
     nowhere.pop("TMPDIR", None)
     status, _, errors = ended(words, env=nowhere)
@@ -426,30 +489,3 @@ def test_read_only_root_without_a_temporary_folder_names_the_way_out_which_is_on
     status, output, errors = ended(words, env={**nowhere, "TMPDIR": str(tmp_path)})
     assert status == 0, errors
     assert f"saved {tmp_path}/run/last.ckpt" in output
-
-
-# The program on a file system without locks, as some network file systems are.
-WITHOUT_LOCKS = """
-import errno, fcntl, runpy
-def flock(*_):
-    raise OSError(errno.ENOLCK, "No locks available")
-fcntl.flock = flock
-runpy.run_path("a3c.py", run_name="__main__")
-"""
-
-
-@pytest.mark.row(n=35)
-@pytest.mark.row(n=31)
-def test_two_runs_without_locks_are_warned_and_never_write_into_one_folder(tmp_path):
-    folder = tmp_path / "run"
-    with Running(folder, *SMALL, program=("-c", WITHOUT_LOCKS)) as first:
-        first.wait_for(lambda: has_rows(folder))
-        os.remove(folder / "progress.csv")
-        with Program(folder, program=("-c", WITHOUT_LOCKS), **SILENT) as second:
-            assert first.process.wait(timeout=60) == 1
-            second.goes_on()
-            second.ends_saved()
-    lines = first.printed.read_text().splitlines()
-    assert f"{folder}/.lock cannot be locked here: let no other run use this folder, else this one ends" in lines
-    assert "taken by another run" in lines[-1]
-    assert iterations(folder) == list(range(2, iterations(folder)[-1] + 1, 2))

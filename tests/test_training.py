@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -11,13 +10,11 @@ from conftest import (
     ScriptedEnv,
     checkpoints,
     config_of,
-    ended,
     last_iteration,
     refusal,
     rows,
-    run,
     tensorboard,
-    use_games,
+    watching,
 )
 
 import a3c
@@ -69,40 +66,29 @@ def test_config_is_saved_beside_the_checkpoints(trained):
     assert saved == dataclasses.asdict(a3c.Config(**given))
 
 
-@pytest.fixture(scope="module")
-def resumed(trained, tmp_path_factory):
-    """Return the folder of a copy of the run, resumed up to ten updates, and the process that did it."""
-    folder = tmp_path_factory.mktemp("resumed") / "run"
-    shutil.copytree(trained[0], folder)
-    return folder, run(folder, "--max_iteration=10", "--learning_rate=0.001")
-
-
-def test_resumed_run_goes_on_where_the_first_ended(trained, resumed):
-    folder, process = resumed
-    assert process.returncode == 0, process.stderr
-    assert f"resumed {folder}/model.ckpt-6: 120 agent steps" in process.stdout
+@pytest.mark.row(n=20)
+def test_resumed_run_goes_on_where_the_first_ended_and_names_the_settings_that_changed(trained, trained_copy, main):
+    folder = trained_copy
+    status, output, errors = main(f"--log_dir={folder}", "--max_iteration=10", "--learning_rate=0.001")
+    assert status == 0, errors
+    assert f"resumed {folder}/model.ckpt-6: 120 agent steps" in output
     assert rows(folder)[:3] == rows(trained[0])
     assert [int(row["agent_steps"]) for row in rows(folder)] == [40, 80, 120, 160, 200]
     seconds = [float(row["seconds"]) for row in rows(folder)]
     assert seconds == sorted(seconds)
     assert checkpoints(folder) == ["last.ckpt", "model.ckpt-10", "model.ckpt-9", "model.ckpt-6"]
     assert last_iteration(folder) == 10
+    assert {line for line in output.splitlines() if line.startswith("changed")} == {
+        "changed since the last run: learning_rate from 0.00025 to 0.001",
+        "changed since the last run: max_iteration from 6 to 10",
+    }  # log_dir, which differs in a copied folder, is no setting of the run
 
 
-@pytest.mark.row(n=20)
-def test_resumed_run_names_the_settings_that_changed(resumed):
-    changes = [line for line in resumed[1].stdout.splitlines() if line.startswith("changed")]
-    assert "changed since the last run: learning_rate from 0.00025 to 0.001" in changes
-    assert "changed since the last run: max_iteration from 6 to 10" in changes
-    assert len(changes) == 2  # log_dir, which differs in a copied folder, is no setting of the run
-
-
-def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path):
-    flags = [f"--model={trained[0]}/last.ckpt", f"--out={tmp_path}", "--iter=2", "--epsilon=1", "--device=cpu"]
-    words = [sys.executable, "a3c-test.py", *flags]
-    status, output, errors = ended(words)
-    assert status == 0, errors
-    assert f"Breakout-v0, {trained[0]}/last.ckpt after 6 updates" in output
+def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path, monkeypatch, capsys):
+    flags = [f"--model={trained[0]}/last.ckpt", f"--out={tmp_path}", "--iter=2", "--epsilon=1", "--frameskip=10"]
+    monkeypatch.setattr(sys, "argv", ["a3c-test.py", *flags, "--device=cpu"])
+    assert watching.main() == 0
+    assert f"Breakout-v0, {trained[0]}/last.ckpt after 6 updates" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["game"], results["iteration"], len(results["scores"])) == ("Breakout-v0", 6, 2)
     assert all(score >= 0 and score == int(score) for score in results["scores"])
@@ -129,12 +115,18 @@ def test_run_that_has_come_to_its_end_says_so(run_copy, tmp_path, no_training, l
 
 @pytest.mark.row(n=10)
 @pytest.mark.row(n=20)
+@pytest.mark.row(n=28)
 @pytest.mark.parametrize(
-    "game, said", [("Tennis-v0", "is of a game with 4 actions; this one has 18"), ("Breakout-v4", "holds a run of")]
+    "flag, said",
+    [
+        ("--game=Tennis-v0", "is of a game with 4 actions; this one has 18"),
+        ("--game=Breakout-v4", "holds a run of"),
+        ("--preset=fast", "is of another network"),
+    ],
 )
-def test_run_of_another_game_is_refused(run_copy, tmp_path, no_training, game, said):
+def test_run_of_another_game_or_network_is_refused(run_copy, tmp_path, no_training, flag, said):
     before = (tmp_path / "run/config.json").read_text()
-    assert said in refusal(run_copy(f"--game={game}"))
+    assert said in refusal(run_copy(flag))
     assert (tmp_path / "run/config.json").read_text() == before
 
 
@@ -166,28 +158,13 @@ def test_gpu_that_is_not_there_is_refused_with_the_way_out_before_a_folder_is_ma
 # Games that cost no time.
 
 
-@pytest.fixture
-def play(tmp_path, main, monkeypatch):
-    """Return a function that trains in one thread with `games`: status, what it printed, its errors."""
-
-    def call(games, *flags):
-        use_games(monkeypatch, games)
-        return main(f"--log_dir={tmp_path}", "--num_threads=1", *flags)
-
-    return call
-
-
-def test_save_comes_with_the_first_update_that_reaches_a_multiple_of_save_steps(play, monkeypatch):
+def test_saves_come_at_the_multiples_of_save_steps_and_rows_have_the_last_raw_scores(play, tmp_path, monkeypatch):
     saved, save = [], checkpoint.Saver.save
     monkeypatch.setattr(checkpoint.Saver, "save", lambda self: (saved.append(self.progress.agent_steps), save(self))[1])
-    assert play(ScriptedEnv(np.zeros([5, 4])), "--save_steps=50", "--max_agent_steps=210")[0] == 0
-    assert saved == [60, 100, 160, 200, 220]  # updates of 20 steps; the last one is the end's
-
-
-def test_report_shows_the_average_and_the_maximum_of_the_last_raw_scores(play, tmp_path):
     games = ScriptedEnv([[0, 0, 0, 0], [100, 20, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 0]])
-    assert play(games, "--max_iteration=2")[0] == 0
-    (row,) = rows(tmp_path)
+    assert play("--save_steps=50", "--max_agent_steps=210", games=games)[0] == 0
+    assert saved == [60, 100, 160, 200, 220]  # updates of 20 steps; the last one is the end's
+    row = rows(tmp_path / "run")[0]
     assert (float(row["average_score"]), float(row["maximum_score"])) == (40, 100)
     assert int(row["episodes"]) == 15  # three games end with every second of the ten steps
 
@@ -196,9 +173,9 @@ def test_report_shows_the_average_and_the_maximum_of_the_last_raw_scores(play, t
 def test_loss_that_is_not_finite_ends_the_run_and_the_network_before_it_is_saved(play, tmp_path):
     rewards = np.zeros([100, 4])
     rewards[30:] = np.nan
-    status, _, errors = play(ScriptedEnv(rewards))
+    status, _, errors = play(games=ScriptedEnv(rewards))
     assert status == 1
     assert "FloatingPointError: iteration 6: not finite" in errors
-    network, iteration = checkpoint.load_network(f"{tmp_path}/last.ckpt", 4)
+    network, iteration = checkpoint.load_network(f"{tmp_path}/run/last.ckpt", 4)
     assert iteration == 6
     assert all(np.all(np.isfinite(variable)) for variable in network.trainable_variables)

@@ -2,10 +2,12 @@
 
 import csv
 import os
+import subprocess
 import sys
 
+import gymnasium
 import pytest
-from conftest import Resumable
+from conftest import Resumable, watching
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
@@ -19,17 +21,8 @@ def watch_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "nice", lambda _: None)
 
     def call(*flags):
-        own = [
-            "watch_training",
-            str(tmp_path),
-            "--once",
-            "--games=2",
-            "--film=0",
-            "--device=cpu",
-            "--game=Breakout-v0",
-            "--frameskip=20",
-        ]
-        monkeypatch.setattr(sys, "argv", [*own, *flags])
+        own = ["--once", "--games=2", "--film=0", "--device=cpu", "--game=Breakout-v0", "--frameskip=20"]
+        monkeypatch.setattr(sys, "argv", ["watch_training", str(tmp_path), *own, *flags])
         watch_training.main()
         if not (tmp_path / "evaluation.csv").exists():
             return []
@@ -39,7 +32,21 @@ def watch_once(tmp_path, monkeypatch):
     return call
 
 
-def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, watch_once):
+@pytest.fixture
+def short_games_here(monkeypatch):
+    """Let a3c-test.py play in this process, no more than 20 steps of a game."""
+    make = watching.make_watching_env
+
+    def play(command, **_):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            return subprocess.CompletedProcess(command, watching.main())
+
+    monkeypatch.setattr(subprocess, "run", play)
+    monkeypatch.setattr(watching, "make_watching_env", lambda *a, **k: gymnasium.wrappers.TimeLimit(make(*a, **k), 20))
+
+
+def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, watch_once, short_games_here):
     assert watch_once() == []
     run = Resumable(tmp_path, filters=1)
     run.save(30)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import SHIPPED, refusal, watching
 
+import checkpoint
 import film
-from environment import history_to_frames, preprocess
+from environment import empty_history, history_to_frames, preprocess
 from startup import UserError, tf
 
 
@@ -119,22 +120,46 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("policy", ["greedy", "softmax"])
-def test_score_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, monkeypatch, policy):
-    make, scores = watching.make_watching_env, []
+@pytest.mark.parametrize("policy", ["softmax", pytest.param("greedy", marks=pytest.mark.slow)])
+def test_game_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, monkeypatch, policy):
+    make, played, runs = watching.make_watching_env, {}, []
 
-    def make_short_env(game, obs_type):
-        return gymnasium.wrappers.TimeLimit(make(game, obs_type=obs_type), 300)
+    class Recorded(gymnasium.wrappers.TimeLimit):
+        def reset(self, *, seed):
+            self.steps = played[seed] = []
+            return super().reset(seed=seed)
 
-    monkeypatch.setattr(watching, "make_watching_env", make_short_env)
-    for first, games, films in ((0, 20, 1), (2, 1, 0), (17, 3, 2)):  # more games than rows, alone, and some filmed
+        def step(self, action):
+            outcome = super().step(action)
+            self.steps.append((action, outcome[1]))
+            return outcome
+
+    monkeypatch.setattr(
+        watching, "make_watching_env", lambda game, obs_type: Recorded(make(game, obs_type=obs_type), 60)
+    )
+    monkeypatch.setattr(watching, "ROWS", 4)
+    for first, games, films in ((0, 7, 1), (2, 1, 0), (4, 3, 2)):  # more games than rows, alone, and some filmed
         assert main(f"--policy={policy}", f"--seed={first}", f"--iter={games}", f"--film={films}") == 0
         found = results(tmp_path)
-        assert found["seeds"] == list(range(first, first + games))
-        games = zip(found["scores"], map(tuple, found["lives_lost_at"]), strict=True)
-        scores.append(dict(zip(found["seeds"], games, strict=True)))
-    assert scores[1].items() | scores[2].items() <= scores[0].items()
-    assert len({score for score, _ in scores[0].values()}) > 3
+        assert found["seeds"] == sorted(played) == list(range(first, first + games))
+        assert found["scores"] == [sum(reward for _, reward in played[seed]) for seed in found["seeds"]]
+        runs.append(dict(played))
+        played.clear()
+    for run in runs[1:]:
+        assert run == {seed: runs[0][seed] for seed in run}
+    assert len(set(map(str, runs[0].values()))) == 7
+
+
+def test_what_the_network_says_of_a_game_is_the_same_to_the_last_digit_beside_whatever_other_games():
+    network, _ = checkpoint.load_network(f"{SHIPPED}/last.ckpt", 4)
+    screens = np.random.default_rng(0).integers(0, 256, [watching.ROWS, 210, 160], np.uint8)
+    said = [
+        watching.decide(network, empty_history(games), screens[:games], np.ones(games, bool))
+        for games in (1, 3, watching.ROWS)
+    ]
+    for of_one, of_three, of_all in zip(*said, strict=True):
+        np.testing.assert_array_equal(of_one, of_all[:1])
+        np.testing.assert_array_equal(of_three, of_all[:3])
 
 
 @pytest.mark.parametrize("frameskip", [7, 121, 1000])
@@ -191,16 +216,21 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
         ("--model={0}/last.ckpt", "cannot read {0}/config.json"),
         pytest.param("--out={0}/file", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("--out={0}/file/below", "{0}/file", marks=pytest.mark.row(n=22)),
+        pytest.param("--out={0}/results", "{0}/results/results.json", marks=pytest.mark.row(n=22)),
+        pytest.param("--out={0}/play", "{0}/play/play.mp4", marks=pytest.mark.row(n=22)),
         pytest.param("", "--film 0", marks=pytest.mark.row(n=22)),  # the encoder is missing
     ],
 )
 def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.setattr(watching, "play_game", lambda *_: pytest.fail("it played"))
-    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    if said == "--film 0":
+        monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
     tf.train.Checkpoint(step=tf.Variable(3)).write(str(tmp_path / "foreign"))
     (tmp_path / "file").write_text("in the way")
-    ended = main(*flags.format(tmp_path).split()), *capsys.readouterr()
+    for folder in ("results/results.json", "play/play.mp4"):
+        (tmp_path / folder).mkdir(parents=True)
+    ended = main("--iter=1", *flags.format(tmp_path).split()), *capsys.readouterr()
     assert said.format(tmp_path) in refusal(ended, "a3c-test.py")
 
 
