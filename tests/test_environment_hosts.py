@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENDLESS, Running, ScriptedEnv, iterations, last_iteration, refusal
+from conftest import ENDLESS, Running, ScriptedEnv, has_rows, iterations, last_iteration, refusal
 
 import a3c
 from async_agent import GroupAgent
@@ -267,7 +267,7 @@ def hosts(training):
 def test_training_goes_on_while_machines_die(cluster, tmp_path):
     folder = tmp_path / "run"
     with Running(folder, f"--ray_address={cluster.address}", "--stall_timeout=60", ENDLESS) as training:
-        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        training.wait_for(lambda: has_rows(tmp_path / "run"), 90)
         assert set(hosts(training)) == {node.node_id[:6] for node in cluster.list_all_nodes()}
         kill(cluster, next(iter(cluster.worker_nodes)))
         training.wait_for(lambda: len(hosts(training)) == 3, 60)
@@ -358,7 +358,7 @@ def test_two_machines_die_in_each_of_twenty_runs_and_no_score_is_wrong(cluster, 
 )
 def test_no_process_of_ray_survives_the_program(private, tmp_path, number, whole_group):
     with Running(tmp_path / "run", "--ray_address=local", ENDLESS) as training:
-        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        training.wait_for(lambda: has_rows(tmp_path / "run"), 90)
         below = processes(training.process.pid)
         assert any("gcs_server" in words for words in below.values())
         began = actors(training.process.pid)
@@ -374,7 +374,7 @@ def test_no_process_of_ray_survives_the_program(private, tmp_path, number, whole
 @pytest.mark.row(n=38)
 def test_killed_program_leaves_no_actor_on_a_cluster(cluster, tmp_path):
     with Running(tmp_path / "run", f"--ray_address={cluster.address}", ENDLESS) as training:
-        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        training.wait_for(lambda: has_rows(tmp_path / "run"), 90)
         began = actors()
         assert len(began) == 2
         training.process.kill()
@@ -385,7 +385,7 @@ def test_killed_program_leaves_no_actor_on_a_cluster(cluster, tmp_path):
 @pytest.mark.row(n=38)
 def test_run_without_any_place_is_saved_and_names_the_host(cluster, tmp_path):
     with Running(tmp_path / "run", f"--ray_address={cluster.address}", "--stall_timeout=15", ENDLESS) as training:
-        training.wait_for(lambda: "2 of 2 groups learn" in training.printed.read_text(), 90)
+        training.wait_for(lambda: has_rows(tmp_path / "run"), 90)
         for node in cluster.list_all_nodes():
             for pid in actors(node.all_processes["raylet"][0].process.pid):
                 os.kill(pid, signal.SIGSTOP)

@@ -47,7 +47,7 @@ import checkpoint
 import groups
 import report
 import startup
-from async_agent import GroupFailure, Progress
+from async_agent import GroupFailure
 from network import Losses
 from startup import UserError, tf
 
