@@ -49,6 +49,7 @@ import report
 import startup
 from async_agent import GroupFailure
 from network import Losses
+from progress import Progress
 from startup import UserError, tf
 
 
