@@ -5,7 +5,6 @@ in one thread. Written against the plain `gymnasium.vector.VectorEnv` interface 
 """
 
 import math
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -39,8 +38,6 @@ class GroupAgent:
       config: the hyperparameters.
       on_update: called with this update's losses while the lock is held.
     """
-
-    build_lock = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
 
     def __init__(
         self,
@@ -85,12 +82,13 @@ class GroupAgent:
 
     def _begin(self, coordinator: tf.train.Coordinator) -> None:
         """Build the games, start them, and wait until all groups have: this takes the cores that learning needs."""
-        with self.build_lock:
+        with self.progress.build_lock:
             self.alive_at = time.monotonic()
-            if coordinator.should_stop():
-                return
-            self.envs = self.make_envs()
-        self.reset()
+            if not coordinator.should_stop():
+                self.envs = self.make_envs()
+                self.alive_at = time.monotonic()
+        if not coordinator.should_stop():
+            self.reset()
         while self.progress.begun < self.config.num_threads and not coordinator.should_stop():
             coordinator.wait_for_stop(0.1)
             self.alive_at = time.monotonic()

@@ -105,7 +105,7 @@ class HostedGames(gymnasium.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Start other games on a host. Raises TimeoutError if none begins in time, UserError if its versions differ."""
         end = time.monotonic() + self.limit
-        while (left := end - time.monotonic()) > 0:
+        while (left := end - time.monotonic()) > 0 and ray.is_initialized():  # else Ray would begin anew by itself
             self.games = Games.options(num_cpus=self.num_cpus, scheduling_strategy="SPREAD").remote()
             with contextlib.suppress(HostLost):
                 self.host, theirs = self._get(self.games.build.remote(self.make_envs, ours := versions()), left)

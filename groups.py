@@ -117,12 +117,12 @@ class Groups:
             name, inputs = f"group {agent.index}", [self.coordinator, device]
             self.threads.append(threading.Thread(target=agent.run, args=inputs, name=name, daemon=True))
             self.threads[-1].start()
-        for built in range(config.num_threads + 1):
-            while built > sum(agent.envs is not None for agent in self.agents):
+        for begun in range(config.num_threads + 1):
+            while begun > self.progress.begun:
                 if self._is_over():
                     return
                 self._watch()
-            tqdm.write(f"building games: {built} of {config.num_threads} groups stand")
+            tqdm.write(f"building games: {begun} of {config.num_threads} groups are ready")
 
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves come at exact counts."""

@@ -22,6 +22,7 @@ class Progress(tf.train.experimental.PythonState):
         self.episodes = 0  # whole games played to their end
         self.seconds = 0.0  # of training, before this run
         self.started = time.monotonic()
+        self.build_lock = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
         self.begun = 0  # groups whose games have begun, in this run
         self.scores = np.full([num_groups, num_envs], np.nan)  # raw score of the last whole game of each environment
 

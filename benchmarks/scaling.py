@@ -1,4 +1,4 @@
-"""How far environment hosts carry: `python -m benchmarks.scaling assets/scaling.png` draws a model of them.
+"""How far environment hosts carry: `python -m benchmarks.scaling --draw assets/scaling.png` draws a model of them.
 
 The model's groups wait in turn for the device (a step of their copy, or an update), for the network's answer, for their
 games and for the link on which all frames arrive. Its constants are below. `--measure` trains on this machine instead,
@@ -6,6 +6,7 @@ through Ray, and adds the latency to every step.
 """
 
 import argparse
+import contextlib
 import heapq
 import tempfile
 import time
@@ -71,8 +72,11 @@ def measure(flags: list[str], seconds: float) -> None:
     config, step, added = a3c.parse_config(flags, ray_address="local"), HostedGames.step, 0.0
     HostedGames.step = lambda games, actions: time.sleep(added) or step(games, actions)
     game, device = a3c.game_and_device(config)
-    with tf.device(device), tempfile.TemporaryDirectory() as log_dir:
-        bench = Bench(config, game, device, log_dir)
+    with (
+        tf.device(device),
+        tempfile.TemporaryDirectory() as log_dir,
+        contextlib.closing(Bench(config, game, device, log_dir)) as bench,
+    ):
         for latency in (0, *LATENCIES):
             added = latency / 1000
             rate = bench.measure_updates(bench.training_agents, seconds)
@@ -82,12 +86,12 @@ def measure(flags: list[str], seconds: float) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("picture", nargs="?", help="where to draw the model")
-    parser.add_argument("--measure", action="store_true", help="train with added latency; other flags are a3c.py's")
+    parser.add_argument("--draw", metavar="PNG", help="draw the model")
+    parser.add_argument("--measure", action="store_true", help="train with added latency; a3c.py's flags may follow")
     parser.add_argument("--seconds", type=float, default=6, help="of each measurement (%(default)s)")
     arguments, flags = parser.parse_known_args()
-    if arguments.picture:
-        draw(arguments.picture)
+    if arguments.draw:
+        draw(arguments.draw)
     if arguments.measure:
         measure(flags, arguments.seconds)
 
