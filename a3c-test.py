@@ -40,7 +40,7 @@ class Flags:
 
     model: str = "./models/breakout-v0/last.ckpt"  # a checkpoint, or the folder of a run: its newest one
     out: str = "/tmp/result"  # folder for results.json and play.mp4
-    game: str | None = None  # an Atari id of Gymnasium; None is the one in the config.json beside the checkpoint
+    game: str | None = None  # an Atari id of ale-py; None is the one in the config.json beside the checkpoint
     device: str = "auto"  # auto, cpu, gpu or gpu:N
     iter: settings.Count = 100  # games to play
     policy: Literal["greedy", "softmax"] = "greedy"  # the likeliest action, or one drawn from the policy
@@ -159,7 +159,9 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     """Load, play, print, write. Stop before the end once a signal is in `signals`."""
     model, out = checkpoint.resolve(flags.model), os.path.expanduser(flags.out)
     config_path = os.path.join(os.path.dirname(model), settings.CONFIG)
-    config = {} if flags.game and not os.path.exists(config_path) else settings.read_config(config_path)
+    if not (flags.game or os.path.exists(config_path)):
+        raise UserError(f"there is no {config_path}, which would say what to play. Name it, such as --game Breakout-v0")
+    config = settings.read_config(config_path) if os.path.exists(config_path) else {}
     as_trained = {name: config[name] for name in ("max_pool", "noop_max", "fire_reset") if name in config}
     frameskip = flags.frameskip or config.get("frameskip")
     game = find_game(flags.game or config["game"], frameskip, **as_trained)

@@ -39,7 +39,7 @@ class Config:
     An agent step is one action in one game. An update, the original's iteration, has 64 games * 5 steps = 320 of them.
     """
 
-    game: str = "Breakout-v0"  # any Atari id of Gymnasium: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
+    game: str = "Breakout-v0"  # any Atari id of ale-py: Pong-v0, SpaceInvaders-v4, ALE/MsPacman-v5
     log_dir: str = ""  # folder of the run, `~` is your home; empty means log/<game>
     initial_model: str = ""  # checkpoint, or folder of a run, whose weights a new run begins with; empty means random
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N

@@ -54,14 +54,14 @@ class GroupAgent:
         self.envs = None
         self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
-        self.lives = np.zeros(config.agents_per_thread)  # [B], left; kept where a lost life ends the return
+        self.lives = np.zeros(config.agents_per_thread)  # [B], left; updated where a lost life ends the return
         # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
-        entropy = np.random.SeedSequence([config.random_seed, progress.iteration, index])
-        self.seeds = entropy.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
+        sequence = np.random.SeedSequence([config.random_seed, progress.iteration, index])
+        self.seeds = sequence.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn
         self.alive_at = math.inf  # time of the last step; infinity until the group's turn to build
         self.failure = None  # what the games raised
-        # Traced now, in the main thread, and never again: two threads that trace at once disturb each other.
+        # Made into graphs now, in the main thread, and never again: two threads that do so at once disturb each other.
         history, seed, scalar = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
         self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, seed, scalar)
@@ -81,7 +81,7 @@ class GroupAgent:
             coordinator.request_stop()
 
     def _begin(self, coordinator: tf.train.Coordinator) -> None:
-        """Build the games, start them, and wait until all groups have: this takes the cores that learning needs."""
+        """Build and start the games, then wait for the other groups: building takes the cores that learning needs."""
         with self.progress.build_lock:
             self.alive_at = time.monotonic()
             if not coordinator.should_stop():

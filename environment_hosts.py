@@ -58,7 +58,7 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         num_envs, groups, most = config.agents_per_thread, config.num_threads, max(cpus)
         threads = max([1, *(n for n in range(1, most + 1) if sum(cpu // n for cpu in cpus) >= groups)])
-        print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} environment hosts, {threads} for each group", flush=True)
+        print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} hosts, {threads} for each group of games", flush=True)
         make = functools.partial(environment.make_training_envs, game, num_envs, max(1, most // threads))
         yield functools.partial(HostedGames, ray.cloudpickle.dumps(make), num_envs, threads, config.stall_timeout)
     finally:

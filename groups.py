@@ -79,7 +79,7 @@ class Groups:
     progress: Progress  # what they have done so far
     saver: Saver
     report: Report
-    signals: list[int]  # that have asked the run to end; a handler adds to it
+    signals: list[int]  # numbers of those that have asked the run to end; the handler appends
 
     def __post_init__(self):
         self.coordinator = tf.train.Coordinator()

@@ -78,7 +78,7 @@ class ActorCritic(tf.Module):
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
 
     def copy_from(self, other: "ActorCritic"):
-        """Set all weights to those of `other`."""
+        """Set all trainable weights to those of `other`."""
         for mine, theirs in zip(self.trainable_variables, other.trainable_variables, strict=True):
             mine.assign(tf.cast(theirs, mine.dtype))
 

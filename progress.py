@@ -23,7 +23,7 @@ class Progress(tf.train.experimental.PythonState):
         self.seconds = 0.0  # of training, before this run
         self.started = time.monotonic()
         self.build_lock = threading.Lock()  # one group at a time: loading ROMs holds Python's global lock
-        self.begun = 0  # groups whose games have begun, in this run
+        self.begun = 0  # groups whose games have begun, in this run; not saved
         self.scores = np.full([num_groups, num_envs], np.nan)  # raw score of the last whole game of each environment
 
     def total_seconds(self) -> float:

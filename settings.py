@@ -85,7 +85,7 @@ def read_config(path: str) -> dict:
                 config["given"] = [*config["given"], *lengths]
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_json(path: str, content: dict) -> None:

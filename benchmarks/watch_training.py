@@ -7,6 +7,7 @@ of TensorBoard under `evaluation`, and a folder `evaluation/N` with `results.jso
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -60,6 +61,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="least agent steps between two evaluations")
     parser.add_argument("--once", action="store_true", help="evaluate the newest checkpoint and end")
     args, flags = parser.parse_known_args()
+    if not os.path.isdir(args.folder):
+        parser.error(f"{args.folder} is not a folder of a run")
+    print(f"waiting for a new save in {args.folder}; then {args.games} games take a minute or more", flush=True)
     os.nice(19)
     table = os.path.join(args.folder, "evaluation.csv")
     with tf.device("/CPU:0"):
@@ -88,4 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
