@@ -213,7 +213,7 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
         pytest.param("--model={0}/x", "no checkpoint {0}/x. In {0}: {0}/last.ckpt", marks=pytest.mark.row(n=9)),
         pytest.param("--game=Tennis-v0", "4 actions; this one has 18", marks=pytest.mark.row(n=10)),
         pytest.param("--model={0}/foreign --game=Breakout-v0", "{0}/foreign", marks=pytest.mark.row(n=11)),
-        ("--model={0}/last.ckpt", "cannot read {0}/config.json"),
+        ("--model={0}/last.ckpt", "there is no {0}/config.json"),
         pytest.param("--out={0}/file", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("--out={0}/file/below", "{0}/file", marks=pytest.mark.row(n=22)),
         pytest.param("--out={0}/results", "{0}/results/results.json", marks=pytest.mark.row(n=22)),
