@@ -1,8 +1,7 @@
 """The same games on other machines, through Ray: actions go out, frames and rewards come in, the network stays here.
 
-A group's games live in an actor of Ray: a process on a host. A host needs `requirements-ray.txt`, not this repository:
-the functions that build the games travel there. A group that loses its host leaves out the unroll that it was in, and
-begins other games on what is left of the cluster; the other groups go on.
+A group's games live in an actor of Ray: a process on a host, which needs `requirements-ray.txt` but not this program. A
+group that loses its host leaves out its unroll and begins other games on what is left of the cluster; the rest go on.
 """
 
 import contextlib
@@ -40,7 +39,8 @@ for _module in (sys.modules[__name__], environment, startup):
 @contextlib.contextmanager
 def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[], "HostedGames"]]:
     """Yield what makes the games of a group, on the cluster at `ray_address`. Raises UserError if there is none."""
-    options, terminate = {"log_to_driver": False, "logging_level": "ERROR"}, signal.getsignal(signal.SIGTERM)
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
+    ray._private.utils.set_sigterm_handler = lambda _: None  # Ray's would end the program before it is saved
     if config.ray_address == "local":
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # so that it listens on loopback only
         options |= {"include_dashboard": False, "num_cpus": max(startup.available_cores(), config.num_threads)}
@@ -51,8 +51,8 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
     except Exception as error:  # of many kinds
         raise startup.UserError(f"ray_address = {config.ray_address!r}: {startup.reason(error)}") from error
     finally:
-        if signal.getsignal(signal.SIGTERM) != terminate:  # Ray sets its own in the main thread
-            signal.signal(signal.SIGTERM, terminate)
+        if threading.current_thread() is threading.main_thread():  # Ray's core has set one there, too
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each lost host
     try:
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
