@@ -35,7 +35,7 @@ class Saver:
         self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
-        """Write a checkpoint, read it back, name it `last.ckpt` and `model.ckpt-N`, remove the oldest; return its path.
+        """Write `model.ckpt-N`, read it back, copy it to `last.ckpt`, remove the oldest; return its path.
 
         Raises FloatingPointError if a weight is not finite; UserError if the disk is full, the folder was lost or
         cannot be written, or what was read back is damaged. Earlier checkpoints stay.
@@ -51,10 +51,10 @@ class Saver:
                 os.makedirs(self.unfinished, exist_ok=True)
                 self.checkpoint.write(unfinished)
                 read(unfinished)
-                for suffix in (DATA, INDEX):
-                    shutil.copyfile(unfinished + suffix, unfinished + LAST + suffix)
-                _move(unfinished + LAST, os.path.join(self.folder, LAST))  # first, so that it is never older
                 _move(unfinished, path)
+                for suffix in (DATA, INDEX):
+                    shutil.copyfile(path + suffix, unfinished + suffix)
+                _move(unfinished, os.path.join(self.folder, LAST))
             finally:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
         for old in numbered(self.folder)[KEEP:]:

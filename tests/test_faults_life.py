@@ -254,9 +254,9 @@ def test_kill_between_any_two_steps_of_a_save_leaves_a_complete_one(tmp_path, mo
     for folder in left:
         for path in checkpoint.all_checkpoints(str(folder)):
             checkpoint.read(path)  # raises where it is damaged
-        assert checkpoint.read(checkpoint.resolve(f"{folder}/last.ckpt"))[1] >= newest(folder)
+        assert checkpoint.read(checkpoint.resolve(f"{folder}/last.ckpt"))[1] in (10, 20)
         state = Resumable(folder, filters=4)
-        assert state.resume() in [f"{folder}/{name}" for name in ("model.ckpt-10", "last.ckpt", "model.ckpt-20")]
+        assert state.resume() in [f"{folder}/{name}" for name in ("model.ckpt-10", "model.ckpt-20")]
         state.save(30)
         assert last_iteration(folder) == newest(folder) == 30
 
