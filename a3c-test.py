@@ -159,9 +159,9 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     """Load, play, print, write. Stop before the end once a signal is in `signals`."""
     model, out = checkpoint.resolve(flags.model), os.path.expanduser(flags.out)
     config_path = os.path.join(os.path.dirname(model), settings.CONFIG)
-    if not (flags.game or os.path.exists(config_path)):
-        raise UserError(f"there is no {config_path}, which would say what to play. Name it, such as --game Breakout-v0")
     config = settings.read_config(config_path) if os.path.exists(config_path) else {}
+    if not (flags.game or config):
+        raise UserError(f"there is no {config_path}, which would say what to play. Name it, such as --game Breakout-v0")
     as_trained = {name: config[name] for name in ("max_pool", "noop_max", "fire_reset") if name in config}
     frameskip = flags.frameskip or config.get("frameskip")
     game = find_game(flags.game or config["game"], frameskip, **as_trained)
