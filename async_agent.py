@@ -87,8 +87,11 @@ class GroupAgent:
             if not coordinator.should_stop():
                 self.envs = self.make_envs()
                 self.alive_at = time.monotonic()
-        if not coordinator.should_stop():
-            self.reset()
+        if coordinator.should_stop():
+            return
+        self.reset()
+        with self.progress.lock:
+            self.progress.begun += 1
         while self.progress.begun < self.config.num_threads and not coordinator.should_stop():
             coordinator.wait_for_stop(0.1)
             self.alive_at = time.monotonic()
@@ -99,7 +102,6 @@ class GroupAgent:
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
         with self.progress.lock:  # others may have learnt while these games were built
             self.network.copy_from(self.shared)
-            self.progress.begun += 1
 
     def iterate(self) -> None:
         """Play `unroll_step` (T) steps in each game and update the shared network once.
