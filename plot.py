@@ -2,12 +2,14 @@
 
 Give several runs to compare them, `--steps N` as far as N agent steps. `--reference FILE.csv` adds dashed curves or
 points of `average_score` by `agent_steps` and, if it has the columns, by `episodes` and `seconds`; one for each `run`.
+`--by_game` writes games.png in their place: a panel for each game that the names of runs and references begin with.
 """
 
 import startup  # isort: skip  # noqa: F401  # first: it checks the packages
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import sys
@@ -84,7 +86,30 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_losses(runs: Curves, path: str) -> None:
+def draw_games(runs: Curves, references: Curves, path: str) -> None:
+    """Draw the average score by agent steps, a panel for each game: what stands before the first `-` of a name."""
+    games = list(dict.fromkeys(name.partition("-")[0] for name, _ in runs))
+    rows = math.ceil(len(games) / 4)
+    figure = Figure(figsize=(15, 0.6 + 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False).flat
+    for panel, game in itertools.zip_longest(panels, games):
+        panel.set_visible(game is not None)
+        panel.set_title(game)
+        panel.grid(alpha=0.3)
+        of_game = [[(n, c) for n, c in curves if n.partition("-")[0] == game] for curves in (runs, references)]
+        for _, run in of_game[0]:
+            panel.plot(run["agent_steps"] / UNITS["agent_steps"], run["average_score"], color="C0", label="these runs")
+        for index, (name, reference) in enumerate(of_game[1], 1):
+            x, y, label = reference["agent_steps"], reference["average_score"], name.partition("-")[2]
+            panel.plot(x / UNITS["agent_steps"], y, "--" if len(y) > 1 else "o", color=f"C{index}", label=label)
+    figure.supxlabel(AXES["agent_steps"])
+    figure.supylabel("average raw score of recent games")
+    legend = {artist.get_label(): artist for panel in figure.axes for artist in panel.lines}
+    figure.legend(legend.values(), legend, loc="outside upper center", ncols=5)
+    figure.savefig(path, dpi=100)
+
+
+def draw_losses(runs: Curves, _: Curves, path: str) -> None:
     """Draw the losses, the entropy, the gradient norm, the learning rate and the speed by agent steps."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     for panel, column in zip(figure.subplots(2, 3, sharex=True).flat, LOSSES, strict=True):
@@ -103,10 +128,11 @@ def main() -> None:
     parser.add_argument("runs", type=path, nargs="+", help="folders of runs, or their progress.csv")
     parser.add_argument("--out", type=path, help="folder for the pictures (by default that of the first run)")
     parser.add_argument("--reference", type=path, nargs="+", default=[], metavar="FILE", help="curves to compare with")
+    parser.add_argument("--by_game", action="store_true", help="a panel for each game; names begin with GAME-")
     parser.add_argument("--steps", type=float, default=math.inf, help="draw only this many agent steps of each run")
     flags = parser.parse_args()
     out = flags.out or (flags.runs[0] if os.path.isdir(flags.runs[0]) else os.path.dirname(flags.runs[0]) or ".")
-    scores, losses = os.path.join(out, "scores.png"), os.path.join(out, "losses.png")
+    drawn = {"games.png": draw_games} if flags.by_game else {"scores.png": draw_scores, "losses.png": draw_losses}
     paths = [os.path.abspath(path).removesuffix(os.sep + "progress.csv") for path in flags.runs]
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     try:
@@ -114,11 +140,11 @@ def main() -> None:
         runs = [(shown(os.path.relpath(path, shared)), read_columns(path, columns, flags.steps)) for path in paths]
         references = [curve for path in flags.reference for curve in read_references(path)]
         os.makedirs(out, exist_ok=True)
-        draw_scores(runs, references, scores)
-        draw_losses(runs, losses)
+        for name, draw in drawn.items():
+            draw(runs, references, os.path.join(out, name))
     except (OSError, UserError) as error:
         sys.exit(f"plot.py: error: {error}")
-    print(f"wrote {scores} and {losses}".encode(errors="replace").decode())
+    print(("wrote " + " and ".join(os.path.join(out, name) for name in drawn)).encode(errors="replace").decode())
 
 
 if __name__ == "__main__":

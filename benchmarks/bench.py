@@ -11,6 +11,7 @@ import startup  # isort: skip  # noqa: F401  # first: it checks the packages and
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -32,7 +33,6 @@ from settings import LARGEST, versions
 from startup import tf
 
 WARM_UP_UPDATES = 8  # of each group, not counted
-SWEEP_THREADS, SWEEP_AGENTS = (1, 2, 4, 8), (16, 64)
 
 
 class StillEnvs(gymnasium.vector.VectorEnv):
@@ -54,26 +54,37 @@ class StillEnvs(gymnasium.vector.VectorEnv):
 
 
 class Bench:
-    """One configuration, built once, whose parts are then measured as often as one likes."""
+    """One configuration, whose parts are each built once, when first measured, and measured as often as one likes."""
 
     def __init__(self, config: a3c.Config, game: Game, device: str, log_dir: str):
         self.config, self.device = endless(dataclasses.replace(config, log_dir=log_dir)), device
         self.progress = Progress(config.num_threads, config.agents_per_thread)
-        shared = a3c.make_network(config, game, device)
+        self.shared, self.num_actions = a3c.make_network(config, game, device), game.num_actions
         self.times = []  # of updates
+        self.hosts = contextlib.ExitStack()
+        self.agent_class, self.make_envs = self.hosts.enter_context(games_of(self.config, game))
 
-        def agents(agent_class, all_envs):
-            return [
-                agent_class(index, lambda envs=envs: envs, shared, self.progress, self.config, self.on_update)
-                for index, envs in enumerate(all_envs)
-            ]
+    @functools.cached_property
+    def envs(self) -> list[gymnasium.vector.VectorEnv]:
+        """The games of each group."""
+        return [self.make_envs() for _ in range(self.config.num_threads)]
 
-        self.hosts, groups = contextlib.ExitStack(), range(config.num_threads)
-        agent_class, make_envs = self.hosts.enter_context(games_of(self.config, game))
-        self.envs = [make_envs() for _ in groups]
-        self.training_agents = agents(agent_class, self.envs)
-        self.network_agents = agents(GroupAgent, [StillEnvs(config.agents_per_thread) for _ in groups])
-        self.num_actions = game.num_actions
+    @functools.cached_property
+    def training_agents(self) -> list[GroupAgent]:
+        """The groups as `a3c.py` makes them."""
+        return self._make_agents(self.agent_class, self.envs)
+
+    @functools.cached_property
+    def network_agents(self) -> list[GroupAgent]:
+        """The groups with games that cost nothing."""
+        still = [StillEnvs(self.config.agents_per_thread) for _ in range(self.config.num_threads)]
+        return self._make_agents(GroupAgent, still)
+
+    def _make_agents(self, agent_class: type[GroupAgent], all_envs: list) -> list[GroupAgent]:
+        return [
+            agent_class(index, lambda envs=envs: envs, self.shared, self.progress, self.config, self.on_update)
+            for index, envs in enumerate(all_envs)
+        ]
 
     def close(self) -> None:
         """Let go of the environment hosts, if the games are there: else the process does not end."""
@@ -159,24 +170,24 @@ def measure(config: a3c.Config, game: Game, device: str, seconds: float, rounds:
     }
 
 
-def sweep(flags: list[str], seconds: float, path: str) -> list[dict]:
-    """Measure training for each number of threads and of agents per thread, and draw the result."""
-    points = []
+def sweep(arguments: argparse.Namespace, flags: list[str]) -> list[dict]:
+    """Time each number of threads with each of games per thread, each in a process of its own; draw the result."""
+    points, kind = [], "network_agents" if arguments.network_alone else "training_agents"
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for agents in SWEEP_AGENTS:
+    for games in arguments.games:
         rates = []
-        for threads in SWEEP_THREADS:
-            point = [f"--num_threads={threads}", f"--agents_per_thread={agents}"]
-            rates.append(round(train([*flags, *point], seconds)))
-            points.append({"num_threads": threads, "agents_per_thread": agents, "steps_per_second": rates[-1]})
-            print(f"{threads} threads x {agents} agents: {rates[-1]:,} steps/s", flush=True)
-        axes.plot(SWEEP_THREADS, rates, "o-", label=f"{agents} agents per thread")
+        for threads in arguments.threads:
+            point = [f"--num_threads={threads}", f"--agents_per_thread={games}"]
+            rates.append(round(train([*flags, *point], arguments.seconds, agents=kind)))
+            points.append({"num_threads": threads, "agents_per_thread": games, "steps_per_second": rates[-1]})
+            print(f"{threads} threads x {games} games: {rates[-1]:,} steps/s", flush=True)
+        axes.plot(arguments.threads, rates, "o-", label=f"{games} games per thread")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(SWEEP_THREADS, [str(threads) for threads in SWEEP_THREADS])
+    axes.set_xticks(arguments.threads, [str(threads) for threads in arguments.threads])
     axes.set(xlabel="threads", ylabel="agent steps per second", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.figure.savefig(path, dpi=100)
+    axes.figure.savefig(arguments.sweep, dpi=100)
     return points
 
 
@@ -186,14 +197,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each measurement in each round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-    parser.add_argument("--sweep", metavar="PNG", help="vary threads and agents per thread instead, and draw this")
+    parser.add_argument("--sweep", metavar="PNG", help="vary threads and games per thread instead, and draw this")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8], help="of the sweep (%(default)s)")
+    parser.add_argument("--games", type=int, nargs="+", default=[16, 64], help="per thread, of the sweep (%(default)s)")
+    parser.add_argument("--network_alone", action="store_true", help="sweep training without games")
     arguments, flags = parser.parse_known_args()
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
     config = a3c.parse_config(flags)
     game, device = a3c.game_and_device(config)
     if arguments.sweep:
-        results = {"sweep": sweep(flags, arguments.seconds, arguments.sweep)}
+        results = {"sweep": sweep(arguments, flags)}
     else:
         start = {"seconds_to_first_update": round(first_update(flags), 1)}
         with tf.device(device):

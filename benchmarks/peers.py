@@ -5,7 +5,8 @@
 `ours` is the training of `a3c.py` with its defaults. `sb3-16` and `sb3-64` are A2C of Stable-Baselines3 with 16 games
 (its default) and with 64. `pytorch` is the A2C below with 64, written as most are. `tuned` is the same with what we
 found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTorch's automatic mixed precision, which
-only a CPU with AMX or AVX512-BF16 makes fast. All run on the CPU. Where a peer can be set up in several ways
+only a GPU, or a CPU with AMX or AVX512-BF16, makes fast. All run on the CPU, or on a GPU by `--device cuda`, which
+needs PyTorch's and TensorFlow's builds for it. Where a peer can be set up in several ways
 (`VARIANTS`), each is timed first and the fastest takes part. A step is one action in one game, 3 emulator frames.
 Start-up and warm-up are left out, for everyone. `requirements-peers.txt` says how to install the peers.
 """
@@ -37,6 +38,7 @@ from benchmarks.common import CORES, LIMIT, REPOSITORY, ask, processor, spread, 
 
 FRAMESKIP, STICKY, STEPS, DISCOUNT = 3, 0.25, 5, 0.99  # as our Breakout-v0
 WARM_UP = 3.0  # seconds
+DEVICES = {"cpu": "cpu", "cuda": "gpu"}  # PyTorch's name -> ours
 
 # Every way worth trying to set up a peer; PyTorch's threads are within one operation, the games' are always CORES.
 THREADS = sorted({1, min(2, CORES), CORES})
@@ -88,7 +90,7 @@ class Layers(BaseFeaturesExtractor):
         return self.layers(x)
 
 
-def train_sb3(timer: Timer, num_envs: int, vec_env: str) -> None:
+def train_sb3(timer: Timer, device: str, num_envs: int, vec_env: str) -> None:
     """Train Stable-Baselines3's A2C until the timer has finished.
 
     With its usual Atari pipeline (no-op starts, a lost life ends an episode, maximum of two frames, clipped rewards,
@@ -111,8 +113,8 @@ def train_sb3(timer: Timer, num_envs: int, vec_env: str) -> None:
         vec_env_kwargs={"start_method": "fork"} if vec_env == "subproc" else None,  # else each imports PyTorch
     )
     layers = {"features_extractor_class": Layers}
-    model = A2C("CnnPolicy", VecFrameStack(envs, 4), n_steps=STEPS, ent_coef=0.01, policy_kwargs=layers, device="cpu")
-    model.learn(10**9, callback=StopWatch())
+    changed = {"n_steps": STEPS, "ent_coef": 0.01, "policy_kwargs": layers}
+    A2C("CnnPolicy", VecFrameStack(envs, 4), device=device, **changed).learn(10**9, callback=StopWatch())
 
 
 def make_envs(num_envs: int, vec_env: str) -> gymnasium.vector.VectorEnv:
@@ -140,12 +142,12 @@ class ActorCritic(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [B, A] and values [B] of frames [B, 4, 84, 84] uint8."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bfloat16):
             x = self.layers(frames.to(torch.float32, memory_format=self.layout).div_(255))
             return self.policy(x).float(), self.value(x).squeeze(1).float()
 
 
-def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat16: bool) -> None:
+def train_pytorch(timer: Timer, device: str, num_envs: int, vec_env: str, tuned: bool, bfloat16: bool) -> None:
     """Train a synchronous A2C until the timer has finished.
 
     The plain one acts without gradients and passes the whole batch through the network once more to learn. The tuned
@@ -153,10 +155,10 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat
     """
     envs = make_envs(num_envs, vec_env)
     action_type = envs.single_action_space.dtype
-    network = ActorCritic(envs, torch.channels_last if tuned else torch.contiguous_format, bfloat16)
+    network = ActorCritic(envs, torch.channels_last if tuned else torch.contiguous_format, bfloat16).to(device)
     optimizer = torch.optim.RMSprop(network.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
     frames, _ = envs.reset()
-    frames = torch.from_numpy(frames)
+    frames = torch.from_numpy(frames).to(device)
     for update in itertools.count():
         if timer.finished(update * STEPS * num_envs):
             return
@@ -166,12 +168,12 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat
                 logit, value = network(frames)
             action = torch.multinomial(logit.detach().softmax(1), 1)
             seen.append(frames)
-            frames, reward, terminated, truncated, _ = envs.step(action.squeeze(1).numpy().astype(action_type))
-            frames = torch.from_numpy(frames)
+            frames, reward, terminated, truncated, _ = envs.step(action.squeeze(1).cpu().numpy().astype(action_type))
+            frames = torch.from_numpy(frames).to(device)
             outputs.append((logit, value))
             actions.append(action)
-            rewards.append(torch.from_numpy(reward.astype(np.float32)))
-            continues.append(torch.from_numpy(~(terminated | truncated)))
+            rewards.append(torch.from_numpy(reward.astype(np.float32)).to(device))
+            continues.append(torch.from_numpy(~(terminated | truncated)).to(device))
 
         with torch.no_grad():
             following, returns = network(frames)[1], []
@@ -196,20 +198,20 @@ def train_pytorch(timer: Timer, num_envs: int, vec_env: str, tuned: bool, bfloat
 # Measuring.
 
 
-def run_child(peer: str, seconds: float, threads: int, **variant) -> None:
+def run_child(peer: str, seconds: float, device: str, threads: int, **variant) -> None:
     """Train one peer in this process and print its steps per second."""
     torch.set_num_threads(threads)
     timer = Timer(seconds)
     if peer.startswith("sb3"):
-        train_sb3(timer, **variant)
+        train_sb3(timer, device, **variant)
     else:
-        train_pytorch(timer, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
+        train_pytorch(timer, device, tuned="tuned" in peer, bfloat16="bf16" in peer, **variant)
     print(json.dumps(timer.rate))
 
 
-def measure_peer(name: str, variant: dict, seconds: float) -> float:
+def measure_peer(name: str, variant: dict, seconds: float, device: str) -> float:
     """Return the steps per second of a peer, in a process of its own."""
-    job = json.dumps({"peer": name, "seconds": seconds, **variant})
+    job = json.dumps({"peer": name, "seconds": seconds, "device": device, **variant})
     return ask([sys.executable, "-m", "benchmarks.peers", "--child", job], limit=seconds + LIMIT)
 
 
@@ -226,14 +228,14 @@ def machine() -> dict:
     }
 
 
-def choose_variants(seconds: float) -> dict[str, dict]:
-    """Time every variant of every peer for a few seconds; return the fastest of each."""
+def choose_variants(peers: list[str], seconds: float, device: str) -> dict[str, dict]:
+    """Time every variant of each peer for a few seconds; return the fastest of each."""
     chosen = {}
-    for peer, variants in VARIANTS.items():
-        rates = []
+    for peer in peers:
+        variants, rates = VARIANTS[peer], []
         for variant in variants:
             try:
-                rates.append(measure_peer(peer, variant, seconds))
+                rates.append(measure_peer(peer, variant, seconds, device))
                 print(f"  {peer:12} {rates[-1]:7,.0f} steps/s  {variant}", flush=True)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 rates.append(0.0)
@@ -248,6 +250,8 @@ def main() -> None:
     """Run the command line."""
     own = REPOSITORY / ".venv" / "bin" / "python"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="all, if not given")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where all networks live (%(default)s)")
     parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs ours")
     parser.add_argument("--rounds", type=int, default=5, help="each times ours, then every peer")
     parser.add_argument("--seconds", type=float, default=20.0, help="per measurement")
@@ -263,14 +267,14 @@ def main() -> None:
     hardware = {**machine(), "tensorflow": ask([args.python, "-c", version])}
     print(", ".join(f"{name} {value}" for name, value in hardware.items()))
     print("Choosing the fastest variant of each peer:")
-    chosen = choose_variants(max(3.0, args.seconds / 4))
+    chosen = choose_variants(args.peers, max(3.0, args.seconds / 4), args.device)
     rates = {name: [] for name in ("ours", *chosen)}
     for number in range(1, args.rounds + 1):
         for name, values in rates.items():
             if name == "ours":
-                rate = train(["--device=cpu"], args.seconds, python=args.python)
+                rate = train([f"--device={DEVICES[args.device]}"], args.seconds, python=args.python)
             else:
-                rate = measure_peer(name, chosen[name], args.seconds)
+                rate = measure_peer(name, chosen[name], args.seconds, args.device)
             values.append(rate)
             print(f"round {number} of {args.rounds}  {name:12} {rate:7,.0f} steps/s", flush=True)
         ratios = {peer: [a / b for a, b in zip(rates["ours"], rates[peer], strict=True)] for peer in chosen}

@@ -39,6 +39,21 @@ def test_references_are_drawn_as_far_as_the_run_by_steps_and_whole_by_the_hours_
     assert 30 < by_steps.get_ylim()[1] < 9000
 
 
+def test_each_game_has_a_panel_with_its_runs_and_its_references(tmp_path, draw, figures):
+    for name, score in ("Pong-1", -3), ("Qbert-1", 500), ("Pong-2", 4):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "progress.csv").write_text(f"{HEADER}\n5,1000,1,1.5,{score},5,0,0,1,1,0.1,20\n")
+    (tmp_path / "points.csv").write_text("run,agent_steps,average_score\nPong-a peer,9000,17\nEnduro-a peer,9000,8\n")
+    runs = [tmp_path / name for name in ("Pong-1", "Qbert-1", "Pong-2")]
+    draw(*runs, "--by_game", "--reference", tmp_path / "points.csv", "--out", tmp_path)
+    assert (tmp_path / "games.png").read_bytes().startswith(b"\x89PNG")
+    pong, qbert = (axes for axes in figures[0].axes if axes.get_visible())
+    shown = [[line.get_xydata().tolist() for line in axes.lines] for axes in (pong, qbert)]
+    assert shown == [[[[0.001, -3]], [[0.001, 4]], [[0.009, 17]]], [[[0.001, 500]]]]
+    assert (pong.get_title(), qbert.get_title()) == ("Pong", "Qbert")
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["these runs", "a peer"]
+
+
 def test_runs_are_drawn_as_far_as_asked_and_a_run_that_begins_later_or_is_not_there_is_named(tmp_path, draw, figures):
     draw(SHIPPED, "--out", tmp_path)
     draw(SHIPPED, "--steps", 1e6, "--out", tmp_path)
