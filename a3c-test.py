@@ -29,7 +29,7 @@ import settings
 from environment import Game, empty_history, find_game, history_to_frames, make_watching_env, preprocess, push_frame
 from film import Moment, open_film
 from original import OriginalFrames, is_original
-from startup import UserError, refusing, tf
+from startup import UserError, as_user_error, tf
 
 ROWS = 16  # games in a call of the network. Always as many, if need be empty ones: the last digits depend on it
 
@@ -186,7 +186,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
             about["preprocessing"] = "luminance and bilinear resize, as in the original"
             print(f"This is a checkpoint of the original. Its frames are made by {about['preprocessing']}")
         results_path, film_path = os.path.join(out, "results.json"), os.path.join(out, "play.mp4")
-        with refusing(f"cannot write {results_path!r}"):
+        with as_user_error(f"cannot write {results_path!r}"):
             os.makedirs(out, exist_ok=True)
         games, film = [], None
         summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
@@ -207,7 +207,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
 def main() -> int:
     """Run the command line and return the exit status."""
     signals = []
-    with startup.undisturbed(signals.append):
+    with startup.uninterrupted(signals.append):
         try:
             watch(tyro.cli(Flags, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)), signals)
         except UserError as error:

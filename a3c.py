@@ -167,7 +167,7 @@ def train(config: Config) -> int:
     Whatever happens, the newest complete checkpoint stays, and a last one is saved if the network is sound.
     """
     signals = []
-    with startup.undisturbed(signals.append):
+    with startup.uninterrupted(signals.append):
         return _train(config, signals)
 
 
@@ -233,7 +233,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
 def main() -> int:
     """Run the command line and return the exit status."""
     signals = []
-    with startup.undisturbed(signals.append):
+    with startup.uninterrupted(signals.append):
         try:
             return _train(parse_config(sys.argv[1:], **given_to_run(parse_config(sys.argv[1:]).folder)), signals)
         except UserError as error:

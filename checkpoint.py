@@ -18,7 +18,7 @@ import original
 from network import ActorCritic, SharedNetwork
 from progress import Progress
 from settings import check_path
-from startup import UserError, reason, refusing, tf
+from startup import UserError, as_user_error, reason, tf
 
 KEEP = 3  # numbered checkpoints that stay in a folder
 LAST, NUMBERED = "last.ckpt", "model.ckpt-"
@@ -45,7 +45,7 @@ class Saver:
                 raise FloatingPointError(f"iteration {self.progress.iteration}: not finite: {variable.name}; not saved")
         path = os.path.join(self.folder, f"{NUMBERED}{self.progress.iteration}")
         unfinished = os.path.join(self.unfinished, "model")
-        with refusing(f"cannot save {path}, earlier saves are intact"):
+        with as_user_error(f"cannot save {path}, earlier saves are intact"):
             self.check()
             try:
                 os.makedirs(self.unfinished, exist_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from environment import Game
-from startup import UserError, refusing
+from startup import UserError, as_user_error
 
 FRAMES_PER_SECOND = 60  # of the emulator
 LOOKAHEAD = 300  # agent steps after which a return is taken for known: 0.99 ** 300 is 5 %
@@ -48,7 +48,7 @@ def open_video(path: str, height: int, width: int, frameskip: int) -> Iterator[C
     """Yield a function that adds an RGB picture [H, W, 3] uint8 to an H.264 file. Raises UserError if that fails."""
     if "libx264" not in av.codecs_available:
         raise UserError("no H.264 encoder in PyAV: pip install --upgrade --only-binary=:all: av, or give --film 0")
-    with refusing(f"cannot write {path!r}"):
+    with as_user_error(f"cannot write {path!r}"):
         file = open(path, "wb")  # noqa: SIM115  # a file, because FFmpeg takes `run:1` for a protocol
     # Fragments: a video that is cut short still plays, and nothing is kept in memory until the end.
     options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -60,7 +60,7 @@ def open_video(path: str, height: int, width: int, frameskip: int) -> Iterator[C
 
         def add(picture: np.ndarray | None) -> None:
             frame = None if picture is None else av.VideoFrame.from_ndarray(picture, format="rgb24")
-            with refusing(f"cannot write {path!r}"):
+            with as_user_error(f"cannot write {path!r}"):
                 container.mux(stream.encode(frame))
 
         yield add

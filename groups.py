@@ -18,7 +18,7 @@ from environment import Game, make_training_envs
 from network import Losses, SharedNetwork
 from progress import Progress
 from report import Report
-from startup import UserError, refusing, tf
+from startup import UserError, as_user_error, tf
 
 if TYPE_CHECKING:
     from a3c import Config
@@ -41,7 +41,7 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
                 return
         raise UserError(f"log_dir = {folder!r} was removed, or taken by another run, while this run used it")
 
-    with refusing(f"log_dir = {folder!r}"):
+    with as_user_error(f"log_dir = {folder!r}"):
         os.makedirs(folder, exist_ok=True)
         lock = open(path, "a")  # noqa: SIM115
     with lock:

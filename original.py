@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from environment import FRAME_SIZE
-from startup import refusing, tf
+from startup import as_user_error, tf
 
 LAYERS = {  # there -> here
     "master/conv1": "conv1",
@@ -32,7 +32,7 @@ def translate(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def is_original(path: str) -> bool:
     """Return whether the original made a checkpoint that can be read."""
-    with refusing(f"cannot read {path}"):  # a run that goes on may have replaced it
+    with as_user_error(f"cannot read {path}"):  # a run that goes on may have replaced it
         return bool(translate(dict(tf.train.list_variables(path))))
 
 

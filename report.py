@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from network import Losses
 from progress import Progress
-from startup import Background, UserError, refusing, tf
+from startup import BackgroundWriter, UserError, as_user_error, tf
 
 if TYPE_CHECKING:
     from a3c import Config
@@ -51,7 +51,7 @@ class Report:
         self.since = None  # (time, agent steps) of the last row; at first, of the first update
         folder = Path(config.log_dir)
         path, unfinished = folder / "progress.csv", folder / "progress.csv.new"
-        with refusing(f"cannot write the report in {folder}"):
+        with as_user_error(f"cannot write the report in {folder}"):
             rows = _read_rows(path, progress.iteration)
             self.table = open(unfinished, "w", newline="")  # noqa: SIM115
             csv.writer(self.table).writerow(COLUMNS)
@@ -62,7 +62,7 @@ class Report:
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         length = {"initial": progress.agent_steps, "total": max(config.total_steps, progress.agent_steps)}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)
-        self.background = Background(take=lambda task: task())
+        self.background = BackgroundWriter(take=lambda task: task())
 
     def count_update(self, losses: Losses) -> None:
         """Take the losses of an update; report every `summary_period` updates. The caller holds the progress lock."""
@@ -91,7 +91,7 @@ class Report:
 
     def _write(self, row: dict[str, float]) -> None:
         """Write a row into the files and onto the screen."""
-        with refusing(f"cannot write the report in {self.config.log_dir}"):
+        with as_user_error(f"cannot write the report in {self.config.log_dir}"):
             self._add_to_table([row])
             for x_axis, file in self.curves.items():
                 _add_event(file, row[x_axis], summary=_points(row))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from startup import UserError, refusing
+from startup import UserError, as_user_error
 
 CONFIG = "config.json"  # in the folder of a run or of a shipped agent
 LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on, after small numbers have been added
@@ -90,7 +90,7 @@ def read_config(path: str) -> dict:
 
 def write_json(path: str, content: dict) -> None:
     """Write a file such as `config.json`, whole or not at all. Raises UserError where that is impossible."""
-    with refusing(f"cannot write {path}"):
+    with as_user_error(f"cannot write {path}"):
         unfinished = Path(path).with_name(".unfinished.json")
         unfinished.write_text(json.dumps(content, indent=2))
         unfinished.replace(path)

@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Raise a UserError of `what` and the reason where the system or TensorFlow refuses something inside the block."""
     try:
         yield
@@ -130,7 +130,7 @@ def choose_device(device: str, num_groups: int = 1) -> str:
     return f"/GPU:{visible.index(wanted[0])}" if wanted else "/CPU:0"
 
 
-class Background:
+class BackgroundWriter:
     """Takes what is written to it in a thread of its own, so that writing never fails and never waits.
 
     It is a text stream that stands for `stream`; or else `take` is called with each item. It keeps the first `failure`.
@@ -167,7 +167,7 @@ class Background:
 
 
 @contextlib.contextmanager
-def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
+def uninterrupted(handle: Callable[[int], None]) -> Iterator[None]:
     """Let nothing from outside end or hold up the block: neither output that breaks or is not read, nor a signal.
 
     `handle` is called with the number of each signal that asks to end, unless that was ignored before, as by `nohup`.
@@ -176,8 +176,8 @@ def undisturbed(handle: Callable[[int], None]) -> Iterator[None]:
     one_place, before = False, {}
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no files, as in a notebook
         one_place = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    out = Background(sys.stdout)
-    errors = out if one_place else Background(sys.stderr)  # one keeps the order
+    out = BackgroundWriter(sys.stdout)
+    errors = out if one_place else BackgroundWriter(sys.stderr)  # one keeps the order
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by other than Python

@@ -17,7 +17,7 @@ import time
 
 import checkpoint
 from benchmarks.common import REPOSITORY, read_rows
-from startup import UserError, refusing, tf
+from startup import UserError, as_user_error, tf
 
 COLUMNS = ["iteration", "agent_steps", "episodes", "seconds", "games", "average_score", "maximum_score"]
 
@@ -46,7 +46,7 @@ def evaluate(folder: str, games: int, flags: list[str], not_before: int) -> dict
 
 def add_row(path: str, row: dict) -> None:
     """Add a row to a table, below its head."""
-    with refusing(f"cannot write {path}"), open(path, "a", newline="") as file:
+    with as_user_error(f"cannot write {path}"), open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             writer.writeheader()
