@@ -139,7 +139,7 @@ class GroupAgent:
         with tf.GradientTape() as tape:
             for step in range(config.unroll_step):
                 logit, value = network(history)
-                action = draw_action(logit, tf.stack([seed[0], seed[1] + step]))
+                action = draw_action(logit, seed + [0, step])
                 frame, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, frame, done)
                 if config.reward_clip is not None:
