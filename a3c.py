@@ -1,7 +1,7 @@
 """Train an agent to play an Atari game by A3C: edit a hyperparameter below, run `python a3c.py`, watch the curve.
 
-Four threads each play 64 games for 5 steps on their own copy of one network, turn them into one gradient, apply it to
-the shared network without waiting for the others, and copy its weights back. The threads' loop is in `async_agent.py`,
+Four threads each play 64 games for 5 steps on their own copy of one network, make one gradient of these steps, apply it
+to the shared network as soon as no other does, and copy its weights back. The threads' loop is in `async_agent.py`,
 the network and its update in `network.py`, starting and stopping in `groups.py`.
 
 A second run in the same log folder resumes the first, with the settings that flags or a preset gave it. Only a new flag
@@ -231,7 +231,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
 
 
 def main() -> int:
-    """Run the command line and return the exit status."""
+    """Run the command line: flags name a folder, and beat what a run there was given. Return the exit status."""
     signals = []
     with startup.uninterrupted(signals.append):
         try:

@@ -100,7 +100,7 @@ class GroupAgent:
         """Start all games, and take the shared weights."""
         frame, _ = self.envs.reset(seed=self.seeds[1:])
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
-        with self.progress.lock:  # others may have learnt while these games were built
+        with self.progress.lock:  # where a lost host made this group begin again, others have learnt meanwhile
             self.network.copy_from(self.shared)
 
     def iterate(self) -> None:
@@ -139,7 +139,7 @@ class GroupAgent:
         with tf.GradientTape() as tape:
             for step in range(config.unroll_step):
                 logit, value = network(history)
-                action = draw_action(logit, seed + [0, step])
+                action = draw_action(logit, tf.add(seed, [0, step]))
                 frame, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, frame, done)
                 if config.reward_clip is not None:

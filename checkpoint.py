@@ -26,7 +26,7 @@ DATA, INDEX = ".data-00000-of-00001", ".index"  # the two files of a checkpoint
 
 
 class Saver:
-    """Saves a run into its folder and resumes it, both with the lock held. `check` refuses a folder that was lost."""
+    """Saves a run into its folder, with `progress.lock` held, and resumes it. `check` refuses a lost folder."""
 
     def __init__(self, folder: str, shared: SharedNetwork, progress: Progress, check: Callable = lambda: None):
         self.folder, self.shared, self.progress, self.check = folder, shared, progress, check

@@ -151,7 +151,7 @@ class Groups:
             raise TimeoutError(f"{name} has not taken a step for {limit:.0f} s")
 
     def _stop(self) -> None:
-        """Stop all threads and save whatever happened; print after that. Raises what went wrong in a thread."""
+        """Stop all threads and save, whatever happened; print after that. Raises what went wrong in a thread."""
         self.coordinator.request_stop()
         try:
             self.coordinator.join(self.threads, stop_grace_period_secs=STOP_GRACE, ignore_live_threads=True)

@@ -57,12 +57,12 @@ class Report:
             csv.writer(self.table).writerow(COLUMNS)
             self._add_to_table(rows)
             unfinished.replace(path)
-            places = ("iteration", folder), ("episodes", folder / "per-eps")
+            places = ("iteration", folder), ("episodes", folder / "per-eps")  # two runs in TensorBoard, by what x is
             self.curves = {x_axis: _begin_curves(place, x_axis, rows) for x_axis, place in places}
         # There is no bar where stderr is a file: the lines would follow its carriage returns.
         length = {"initial": progress.agent_steps, "total": max(config.total_steps, progress.agent_steps)}
         self.bar = tqdm(**length, unit=" steps", unit_scale=True, dynamic_ncols=True, disable=None)
-        self.background = BackgroundWriter(take=lambda task: task())
+        self.background = BackgroundWriter(take=lambda task: task())  # what is "written" is called
 
     def count_update(self, losses: Losses) -> None:
         """Take the losses of an update; report every `summary_period` updates. The caller holds the progress lock."""

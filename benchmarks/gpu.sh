@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Times training on a GPU in every way that might be faster, and on the same machine's CPU alone: benchmarks/gpu.sh
+# Times training on a GPU and on the same machine's CPU alone, and the network alone in every way that might be faster.
 #
 #   benchmarks/gpu.sh [FOLDER]         in ten minutes with 16 cores; figures and logs go into FOLDER, or log/gpu
 #   MINUTES=60 SECONDS_EACH=30 ...     longer, for figures to publish
