@@ -86,22 +86,29 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+def game_of(name: str) -> str:
+    """Return the game that a name says: Pong for Pong-1, for ALE/Pong-v5 and for Pong-A2C; else all of the name."""
+    last = os.path.basename(name)
+    return last.partition("-")[0] if "-" in last else name
+
+
 def draw_games(runs: Curves, references: Curves, path: str) -> None:
-    """Draw the average score by agent steps, a panel for each game: what stands before the first `-` of a name."""
-    games = list(dict.fromkeys(name.partition("-")[0] for name, _ in runs))
+    """Draw the average score by agent steps, a panel for each game that has runs."""
+    games = list(dict.fromkeys(game_of(name) for name, _ in runs))
+    peers = list(dict.fromkeys(name.partition("-")[2] for name, _ in references if game_of(name) in games))
     rows = math.ceil(len(games) / 4)
     figure = Figure(figsize=(15, 0.6 + 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, 4, squeeze=False).flat
+    panels = figure.subplots(rows, min(4, len(games)), squeeze=False).flat
     for panel, game in itertools.zip_longest(panels, games):
         panel.set_visible(game is not None)
         panel.set_title(game)
         panel.grid(alpha=0.3)
-        of_game = [[(n, c) for n, c in curves if n.partition("-")[0] == game] for curves in (runs, references)]
-        for _, run in of_game[0]:
-            panel.plot(run["agent_steps"] / UNITS["agent_steps"], run["average_score"], color="C0", label="these runs")
-        for index, (name, reference) in enumerate(of_game[1], 1):
-            x, y, label = reference["agent_steps"], reference["average_score"], name.partition("-")[2]
-            panel.plot(x / UNITS["agent_steps"], y, "--" if len(y) > 1 else "o", color=f"C{index}", label=label)
+        for name, curve in (*runs, *references):
+            x, y, peer = curve["agent_steps"] / UNITS["agent_steps"], curve["average_score"], name.partition("-")[2]
+            if game_of(name) == game and "maximum_score" in curve:
+                panel.plot(x, y, color="C0", label="these runs")
+            elif game_of(name) == game:
+                panel.plot(x, y, "--" if len(y) > 1 else "o", color=f"C{1 + peers.index(peer) % 9}", label=peer)
     figure.supxlabel(AXES["agent_steps"])
     figure.supylabel("average raw score of recent games")
     legend = {artist.get_label(): artist for panel in figure.axes for artist in panel.lines}

@@ -174,16 +174,17 @@ def sweep(arguments: argparse.Namespace, flags: list[str]) -> list[dict]:
     """Time each number of threads with each of games per thread, each in a process of its own; draw the result."""
     points, kind = [], "network_agents" if arguments.network_alone else "training_agents"
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for games in arguments.games:
+    axes.figure.savefig(arguments.sweep)  # refuses a wrong path before the minutes that the sweep takes
+    for games in arguments.sweep_games:
         rates = []
-        for threads in arguments.threads:
+        for threads in arguments.sweep_threads:
             point = [f"--num_threads={threads}", f"--agents_per_thread={games}"]
             rates.append(round(train([*flags, *point], arguments.seconds, agents=kind)))
             points.append({"num_threads": threads, "agents_per_thread": games, "steps_per_second": rates[-1]})
             print(f"{threads} threads x {games} games: {rates[-1]:,} steps/s", flush=True)
-        axes.plot(arguments.threads, rates, "o-", label=f"{games} games per thread")
+        axes.plot(arguments.sweep_threads, rates, "o-", label=f"{games} games per thread")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(arguments.threads, [str(threads) for threads in arguments.threads])
+    axes.set_xticks(arguments.sweep_threads, [str(threads) for threads in arguments.sweep_threads])
     axes.set(xlabel="threads", ylabel="agent steps per second", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -198,16 +199,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often the three take turns (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--sweep", metavar="PNG", help="vary threads and games per thread instead, and draw this")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8], help="of the sweep (%(default)s)")
-    parser.add_argument("--games", type=int, nargs="+", default=[16, 64], help="per thread, of the sweep (%(default)s)")
+    parser.add_argument("--sweep_threads", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="(1 2 4 8)")
+    parser.add_argument("--sweep_games", type=int, nargs="+", default=[16, 64], metavar="N", help="per thread (16 64)")
     parser.add_argument("--network_alone", action="store_true", help="sweep training without games")
     arguments, flags = parser.parse_known_args()
     if arguments.seconds <= 0 or arguments.rounds <= 0:
         parser.error("--seconds and --rounds must be above 0")
+    if min(*arguments.sweep_threads, *arguments.sweep_games) < 1:
+        parser.error("--sweep_threads and --sweep_games must be above 0")
+    if arguments.network_alone and not arguments.sweep:
+        parser.error("--network_alone is for --sweep; without it, the network alone is always timed too")
     config = a3c.parse_config(flags)
     game, device = a3c.game_and_device(config)
     if arguments.sweep:
-        results = {"sweep": sweep(arguments, flags)}
+        results = {"sweep": sweep(arguments, flags), "network_alone": arguments.network_alone, "flags": flags}
     else:
         start = {"seconds_to_first_update": round(first_update(flags), 1)}
         with tf.device(device):

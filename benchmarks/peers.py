@@ -262,9 +262,11 @@ def main() -> None:
         return run_child(**json.loads(args.child))
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():  # Stable-Baselines3 would take the CPU
+        parser.error("--device cuda: this PyTorch sees no GPU. Its build for CUDA is installed by: pip install torch")
 
     version = "import importlib.metadata, json; print(json.dumps(importlib.metadata.version('tensorflow')))"
-    hardware = {**machine(), "tensorflow": ask([args.python, "-c", version])}
+    hardware = {**machine(), "device": args.device, "tensorflow": ask([args.python, "-c", version])}
     print(", ".join(f"{name} {value}" for name, value in hardware.items()))
     print("Choosing the fastest variant of each peer:")
     chosen = choose_variants(args.peers, max(3.0, args.seconds / 4), args.device)
