@@ -86,28 +86,32 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
-def game_of(name: str) -> str:
-    """Return the game that a name says: Pong for Pong-1, for ALE/Pong-v5 and for Pong-A2C; else all of the name."""
-    last = os.path.basename(name)
-    return last.partition("-")[0] if "-" in last else name
+def game_and_rest(name: str) -> tuple[str, str]:
+    """Return the game that a name says and what follows: Pong and 1 for Pong-1, Pong and v5 for ALE/Pong-v5."""
+    game, dash, rest = os.path.basename(name).partition("-")
+    return (game, rest) if dash else (name, name)
 
 
 def draw_games(runs: Curves, references: Curves, path: str) -> None:
     """Draw the average score by agent steps, a panel for each game that has runs."""
-    games = list(dict.fromkeys(game_of(name) for name, _ in runs))
-    peers = list(dict.fromkeys(name.partition("-")[2] for name, _ in references if game_of(name) in games))
+    runs = [(game_and_rest(name)[0], run) for name, run in runs]
+    references = [(*game_and_rest(name), reference) for name, reference in references]
+    games = list(dict.fromkeys(game for game, _ in runs))
+    peers = list(dict.fromkeys(peer for game, peer, _ in references if game in games))
     rows = math.ceil(len(games) / 4)
     figure = Figure(figsize=(15, 0.6 + 3 * rows), layout="constrained")
     panels = figure.subplots(rows, min(4, len(games)), squeeze=False).flat
-    for panel, game in itertools.zip_longest(panels, games):
-        panel.set_visible(game is not None)
-        panel.set_title(game)
+    for panel, shown_game in itertools.zip_longest(panels, games):
+        panel.set_visible(shown_game is not None)
+        panel.set_title(shown_game)
         panel.grid(alpha=0.3)
-        for name, curve in (*runs, *references):
-            x, y, peer = curve["agent_steps"] / UNITS["agent_steps"], curve["average_score"], name.partition("-")[2]
-            if game_of(name) == game and "maximum_score" in curve:
-                panel.plot(x, y, color="C0", label="these runs")
-            elif game_of(name) == game:
+        for game, run in runs:
+            if game == shown_game:
+                x = run["agent_steps"] / UNITS["agent_steps"]
+                panel.plot(x, run["average_score"], color="C0", label="these runs")
+        for game, peer, reference in references:
+            if game == shown_game:
+                x, y = reference["agent_steps"] / UNITS["agent_steps"], reference["average_score"]
                 panel.plot(x, y, "--" if len(y) > 1 else "o", color=f"C{1 + peers.index(peer) % 9}", label=peer)
     figure.supxlabel(AXES["agent_steps"])
     figure.supylabel("average raw score of recent games")

@@ -50,12 +50,12 @@ step() { # NAME COMMAND...: run it, keep its output, show its last lines
     failed=1
     { tail -n 3 "$out/$name.txt" && echo "   ended with status $status"; } | tee -a "$out/summary.txt"
 }
-bench() { # NAME FLAGS...: training, its games alone and its network alone
+bench() { # NAME FLAGS...: the start, training, its games alone and its network alone
     step "$1" "$PYTHON" -m benchmarks.bench --seconds "$seconds" --rounds 1 --json "$out/$1.json" "${@:2}"
 }
-network() { # NAME FLAGS...: the network alone, which is what most of these choices change, and needs no games
-    step "$1" "$PYTHON" -m benchmarks.bench --seconds "$seconds" --sweep "$out/$1.png" --network_alone \
-        --json "$out/$1.json" --device="$device" --sweep_threads 4 --sweep_games 64 "${@:2}"
+sweep() { # NAME FLAGS...: training only, whose games are built but once; with --network_alone they are not built at all
+    step "$1" "$PYTHON" -m benchmarks.bench --seconds "$seconds" --sweep "$out/$1.png" --json "$out/$1.json" \
+        --device="$device" --sweep_threads 4 --sweep_games 64 "${@:2}"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >"$out/gpu.txt" 2>&1
@@ -63,15 +63,14 @@ lscpu >"$out/cpu.txt" 2>&1
 step tests "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
 bench default --device="$device"
 bench fast --device="$device" --preset=fast
-network plain
-TF_XLA_FLAGS=--tf_xla_auto_jit=2 network xla
-NVIDIA_TF32_OVERRIDE=0 network without-tf32
-network bfloat16 --compute_dtype=bfloat16
-network sizes --sweep_threads 2 4 8 --sweep_games 32 128 256
-bench more-games --device="$device" --agents_per_thread=128
-bench more-threads --device="$device" --num_threads=8
-bench two-threads --device="$device" --num_threads=2 --agents_per_thread=128
-bench cpu-alone --device=cpu --preset=fast
+sweep plain --network_alone
+TF_XLA_FLAGS=--tf_xla_auto_jit=2 sweep xla --network_alone
+NVIDIA_TF32_OVERRIDE=0 sweep without-tf32 --network_alone
+sweep bfloat16 --network_alone --compute_dtype=bfloat16
+sweep sizes --network_alone --sweep_threads 2 4 8 --sweep_games 32 128 256
+sweep more-games --sweep_threads 4 2 --sweep_games 128
+sweep more-threads --sweep_threads 8
+device=cpu sweep cpu-alone --preset=fast --sweep_games 32
 step before "$PYTHON" -m benchmarks.compare "$before" --device="$device" --rounds 1 --seconds "$seconds"
 if [ -n "${PEERS:-}" ]; then
     peers=$([ "$device" = cpu ] && echo cpu || echo cuda)
