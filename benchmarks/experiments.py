@@ -2,10 +2,10 @@
 
 Each line of the list is a name, a colon and flags of `a3c.py`. Every configuration is run with every seed, one run on
 each core at a time, until it has taken so many agent steps; then its row goes into `docs/experiments.csv`, also if it
-failed. What has a row of so many steps is not run again, and what was stopped half-way is resumed, so a search may take
-many sittings. Each run has a folder of its own; runs of several seeds share nothing but their flags.
-Two runs on a core each screen faster than one after the other on both, but share memory and caches: compare by agent
-steps, and take minutes from `python -m benchmarks.bench` with the same flags.
+failed. Where there are fewer runs than cores, they share all cores. What has a row of so many steps is not run again,
+and what was stopped half-way is resumed, so a search may take many sittings. Each run has a folder of its own; runs of
+several seeds share nothing but their flags. Runs side by side share memory and caches: compare by agent steps, and take
+minutes from `python -m benchmarks.bench` with the same flags.
 """
 
 import argparse
@@ -70,24 +70,24 @@ def summary(rows: list[dict], steps: int = 0) -> dict:
     return cells
 
 
-def run(trial: Trial, log_dir: str, steps: int, core: int, stop: threading.Event) -> dict | None:
-    """Train on one core until `steps`; return the trial's row, or None where `stop` came first."""
+def run(trial: Trial, log_dir: str, steps: int, cores: list[int], stop: threading.Event) -> dict | None:
+    """Train on these cores until `steps`; return the trial's row, or None where `stop` came first."""
     os.makedirs(log_dir, exist_ok=True)
     own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
     flags = shlex.split(trial.flags) if "--preset" in trial.flags else [ANNEALING, *shlex.split(trial.flags)]
-    command = ["taskset", "-c", str(core), sys.executable, "a3c.py", *flags, *own]
-    status = follow(command, f"{log_dir}/output.txt", stop)
+    status = follow(["a3c.py", *flags, *own], cores, f"{log_dir}/output.txt", stop)
     if status is None:
         return None
     cells = summary(read_rows(f"{log_dir}/progress.csv"), steps if status == 0 else 0)
     ended = "done" if status == 0 else f"failed with exit status {status}"
-    return {**trial._asdict(), "cores": 1, **cells, "ended": ended}
+    return {**trial._asdict(), "cores": len(cores), **cells, "ended": ended}
 
 
-def follow(command: list[str], output: str, stop: threading.Event) -> int | None:
-    """Run a program to its end; return its exit status, or None where `stop` came first: it is told to end then."""
+def follow(program: list[str], cores: list[int], output: str, stop: threading.Event) -> int | None:
+    """Run a program of ours to its end; return its exit status, or None where `stop` came first: it is told to end."""
+    words = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *program]
     with open(output, "a") as file:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(words, cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True)
     while process.poll() is None:
         if stop.wait(0.5):
             process.terminate()  # it saves
@@ -96,27 +96,32 @@ def follow(command: list[str], output: str, stop: threading.Event) -> int | None
     return process.returncode
 
 
-def on_each_core(trials: list, run_trial: Callable[[Any, int, threading.Event], dict | None], add: Callable) -> None:
-    """Run the trials, one on each core at a time, until all have run or a signal comes; `add` gets each row."""
+def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event], dict | None], add: Callable) -> None:
+    """Run the trials, as many at a time as there are cores, until all have run or a signal comes; `add` gets each row.
+
+    Where there are fewer trials than cores, each gets several.
+    """
     waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
     for trial in trials:
         waiting.put(trial)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
 
-    def work(core: int) -> None:
+    def work(cores: list[int]) -> None:
         while not stop.is_set():
             try:
                 trial = waiting.get_nowait()
             except queue.Empty:
                 return
-            print(f"core {core}: {trial}", flush=True)
-            if row := run_trial(trial, core, stop):
+            print(f"cores {', '.join(map(str, cores))}: {trial}", flush=True)
+            if row := run_trial(trial, cores, stop):
                 with lock:
                     add(row)
                 print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
 
-    workers = [threading.Thread(target=work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+    all_cores = sorted(os.sched_getaffinity(0))
+    number = min(len(trials), len(all_cores))
+    workers = [threading.Thread(target=work, args=(all_cores[index::number],)) for index in range(number)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -143,12 +148,12 @@ def main() -> None:
         (r["name"], int(r["seed"])) for r in read_rows(arguments.out) if int(r["agent_steps"] or 0) >= arguments.steps
     }
 
-    def run_trial(trial: Trial, core: int, stop: threading.Event) -> dict | None:
+    def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
         log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
-        return run(trial, log_dir, arguments.steps, core, stop)
+        return run(trial, log_dir, arguments.steps, cores, stop)
 
     trials = [trial for trial in trials if (trial.name, trial.seed) not in have]
-    on_each_core(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
+    on_all_cores(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
 
 
 def write(path: str, row: dict, columns: list[str]) -> None:

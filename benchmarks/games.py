@@ -2,17 +2,17 @@
 
 The protocol is that of Stable-Baselines3's zoo: `NoFrameskip-v4` ids, frame-skip 4, the maximum of two frames, up to 30
 no-ops before a game, a lost life ends the return, 10 million agent steps; then 100 games by the softmax policy, raw
-scores. One run goes on each core at a time. What has a row in the table is not run again, what was stopped is resumed.
+scores. One run goes on each core at a time; where there are fewer runs than cores, they share all cores. What has a row
+in the table is not run again, what was stopped is resumed.
 """
 
 import argparse
 import json
 import os
-import sys
 import threading
 
 from benchmarks.common import read_rows
-from benchmarks.experiments import Trial, follow, on_each_core, run, write
+from benchmarks.experiments import Trial, follow, on_all_cores, run, write
 
 GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders")
 FRAMES = "--frameskip=4"
@@ -21,16 +21,17 @@ FIGURES = ("mean", "standard_deviation", "games")  # of results.json
 COLUMNS = ["name", "seed", "agent_steps", "minutes", "cores", "1M", "5M", "10M", *FIGURES, "ended"]
 
 
-def train_and_play(trial: Trial, folder: str, steps: int, games: int, core: int, stop: threading.Event) -> dict | None:
+def train_and_play(
+    trial: Trial, folder: str, steps: int, games: int, cores: list[int], stop: threading.Event
+) -> dict | None:
     """Train until `steps`, then play; return the row, or None where `stop` came first."""
     log_dir = os.path.join(folder, f"{trial.name}-{trial.seed}")
-    row = run(trial, log_dir, steps, core, stop)
+    row = run(trial, log_dir, steps, cores, stop)
     if not row or row["ended"] != "done":
         return row
     out = os.path.join(log_dir, "played")
     play = ["a3c-test.py", f"--model={log_dir}", f"--out={out}", f"--iter={games}", "--policy=softmax", "--film=0"]
-    words = ["taskset", "-c", str(core), sys.executable, *play, FRAMES, "--device=cpu"]
-    status = follow(words, os.path.join(log_dir, "output.txt"), stop)
+    status = follow([*play, FRAMES, "--device=cpu"], cores, os.path.join(log_dir, "output.txt"), stop)
     if status is None:
         return None
     if status:
@@ -58,10 +59,10 @@ def main() -> None:
         if (game, seed) not in have
     ]
 
-    def run_trial(trial: Trial, core: int, stop: threading.Event) -> dict | None:
-        return train_and_play(trial, arguments.log_dir, arguments.steps, arguments.play, core, stop)
+    def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
+        return train_and_play(trial, arguments.log_dir, arguments.steps, arguments.play, cores, stop)
 
-    on_each_core(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
+    on_all_cores(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -70,6 +71,26 @@ def test_search_that_is_stopped_saves_its_runs_and_resumes_them_the_next_time(tm
     assert (row["ended"], row["agent_steps"]) == ("done", read_rows(run / "progress.csv")[-1]["agent_steps"])
 
 
+@pytest.mark.parametrize(
+    "trials, expected", [("a", [[2, 3, 5, 7]]), ("abc", [[2, 7], [3], [5]]), ("abcdef", [[2], [3], [5], [7]]), ("", [])]
+)
+def test_fewer_runs_than_cores_share_all_of_them(monkeypatch, trials, expected):
+    monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
+    monkeypatch.setattr(experiments.signal, "signal", lambda *_: None)
+    ran, at_work = [], threading.Barrier(max(1, len(expected)))
+
+    def run_trial(trial, cores, stop):
+        if len(ran) < len(expected):  # each worker gets one of the first
+            ran.append(cores)
+            at_work.wait(30)
+        return {"name": trial}
+
+    rows = []
+    experiments.on_all_cores(list(trials), run_trial, rows.append)
+    assert sorted(ran) == expected
+    assert sorted(row["name"] for row in rows) == sorted(trials)
+
+
 ROWS = [(350_000, 1), (420_000, 2), (500_000, 4), (600_000, 9), (980_000, 5), (1_100_000, 7)]
 
 
@@ -99,8 +120,9 @@ def test_list_that_cannot_be_read_is_refused_with_its_line(tmp_path, text):
 
 @pytest.mark.parametrize("status, ended", [(0, "done"), (3, "a3c-test.py failed with exit status 3"), (None, None)])
 def test_agent_of_a_game_is_played_as_it_was_trained_and_its_scores_join_the_row(tmp_path, monkeypatch, status, ended):
-    def play(command, output, stop):
-        assert {"--policy=softmax", "--iter=7", "--frameskip=4", f"--model={tmp_path}/Pong-2"} <= set(command)
+    def play(program, cores, output, stop):
+        assert {"--policy=softmax", "--iter=7", "--frameskip=4", f"--model={tmp_path}/Pong-2"} <= set(program)
+        assert cores == [0, 1]
         (tmp_path / "Pong-2/played").mkdir(parents=True)
         scores = '{"mean": 20.5, "standard_deviation": 0.5, "games": 7, "median": 21}'
         (tmp_path / "Pong-2/played/results.json").write_text(scores)
@@ -108,7 +130,7 @@ def test_agent_of_a_game_is_played_as_it_was_trained_and_its_scores_join_the_row
 
     monkeypatch.setattr(games, "run", lambda trial, *_: {**trial._asdict(), "ended": "done"})
     monkeypatch.setattr(games, "follow", play)
-    row = games.train_and_play(Trial("Pong", "--a", 2), str(tmp_path), 10, 7, 0, None)
+    row = games.train_and_play(Trial("Pong", "--a", 2), str(tmp_path), 10, 7, [0, 1], None)
     if row is not None:
         assert row["ended"] == ended
         assert ("mean" in row) == (ended == "done")
