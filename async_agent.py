@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GroupFailure(Exception):
-    """An exception in a group's thread, which is its cause; the message names the group."""
+    """Stands for an exception in a group's thread, its `__cause__`; the message names the group."""
 
 
 class GroupAgent:
@@ -130,7 +130,9 @@ class GroupAgent:
     def _rollout(self, history, seed, entropy_beta):
         """Play T steps in each game; return the new history, and the gradients and the losses of these steps.
 
-        All of it is one graph: Python is called only to step the games.
+        All of it is one graph: Python is called only to step the games. TensorFlow reads this code once, at the start,
+        and what Python values are then, fields of the config too, they remain. What changes while training must be an
+        argument, as `entropy_beta` is (see `iterate` and `__init__`); `if` cannot ask for a tensor: use `tf.where`.
         """
         config, network = self.config, self.network
         logits, values, actions, rewards, ends = [], [], [], [], []  # T items of B games each

@@ -30,6 +30,10 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
 class ActorCritic(tf.Module):
     """Two convolutions and a hidden layer, followed by a policy head and a value head.
 
+    Another layer needs a shape in `__init__` and a line in `__call__`. All variables are in `weights` and `biases`, by
+    layer: only these are saved. A new argument of `__init__` is also passed on by `SharedNetwork`, `a3c.make_network`
+    and `checkpoint.load_network`.
+
     Args:
       num_actions: A.
       seed: of the initial weights.
@@ -67,7 +71,7 @@ class ActorCritic(tf.Module):
         w, b = self.weights, self.biases
         x = x + b["input"] if "input" in b else x
         # oneDNN computes the gradient of `bias_add` along with that of the convolution, in float32. In bfloat16 it is
-        # summed one number at a time in bfloat16, and most of it can be lost; that of `tf.add` is off by 0.3 %.
+        # summed one number at a time in bfloat16, and up to half of it was lost; that of `tf.add` is off by 0.3 %.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
@@ -84,7 +88,10 @@ class ActorCritic(tf.Module):
 
 
 class Losses(NamedTuple):
-    """Scalars reported of one update. Entropy is positive, and the loss contains minus `entropy_beta` times it."""
+    """Scalars reported of one update. Entropy is positive, and the loss contains minus `entropy_beta` times it.
+
+    The first ones are the terms of `a3c_loss`, in its order. A new one gets a column in `report.py` too.
+    """
 
     policy_loss: float
     value_loss: float
@@ -182,6 +189,9 @@ class SharedNetwork(ActorCritic):
         self.decay, self.epsilon, self.copies_dtype = decay, epsilon, copies_dtype
         self.filters, self.background = filters, background
         variables = self.trainable_variables
+        saved = {v.ref() for v in (*self.weights.values(), *self.biases.values())}
+        if lost := [v.name for v in variables if v.ref() not in saved]:
+            raise ValueError(f"put {', '.join(lost)} into `weights` or `biases`: nothing else is saved")
         self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
         self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # required, never used
 

@@ -44,13 +44,14 @@ def check_settings(settings) -> None:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if optional := type(None) in typing.get_args(hint):
             hint = typing.get_args(hint)[0]
+        hint = Annotated[hint, Bounds(-LARGEST)] if hint in (int, float) else hint
         if typing.get_origin(hint) is typing.Literal:
             valid, wanted = value in typing.get_args(hint), "one of " + ", ".join(typing.get_args(hint))
         elif typing.get_origin(hint) is Annotated:
             kind, (low, high) = typing.get_args(hint)
             value = float(value) if kind is float and type(value) is int and abs(value) <= LARGEST else value
             valid = type(value) is kind and low <= value <= high  # also false for NaN
-            least = f"from {low:g}" if low in (0, 1) else "above 0"
+            least = "above 0" if 0 < low < 1 else f"from {low:,.10g}"
             wanted = f"a {'whole ' * (kind is int)}number {least} to {high:,.10g}"
         else:
             valid, wanted = type(value) is hint, "a text" if hint is str else "True or False"

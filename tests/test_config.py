@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import a3c
+import settings
 from a3c import Config
 
 DEFAULTS = dataclasses.asdict(Config())
@@ -92,6 +93,30 @@ def test_wrong_value_raises_naming_field_and_value_and_what_it_must_be(name, val
 def test_value_of_another_type_is_taken_as_that_of_its_field(name, value, taken):
     found = getattr(Config(**{name: value}), name)
     assert (found, type(found)) == (taken, type(taken))
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"shift": -1, "most": -2}, None),
+        ({"shift": "x"}, "shift = 'x': must be a number from -2"),
+        ({"most": 0.5}, "most = 0.5: must be a whole number from -2"),
+    ],
+)
+def test_new_field_may_be_a_plain_number(fields, said):
+    @dataclasses.dataclass
+    class Edited:
+        shift: float = 0.5
+        most: int | None = None
+
+        def __post_init__(self):
+            settings.check_settings(self)
+
+    if said:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            Edited(**fields)
+    else:
+        assert (Edited(**fields).shift, Edited(**fields).most) == (-1.0, -2)
 
 
 def test_folder_is_named_after_the_game_unless_it_is_given():

@@ -279,6 +279,18 @@ def test_background_is_taken_off_the_pixels_and_is_not_trained(compute_dtype):
     assert len(less.trainable_variables) == len(plain.trainable_variables)
 
 
+def test_variable_that_would_not_be_saved_is_refused(monkeypatch):
+    make = net.ActorCritic.__init__
+
+    def with_one_more(self, *arguments, **options):
+        make(self, *arguments, **options)
+        self.scale = tf.Variable(1.0, name="scale")
+
+    monkeypatch.setattr(net.ActorCritic, "__init__", with_one_more)
+    with pytest.raises(ValueError, match="put scale:0 into `weights` or `biases`"):
+        net.SharedNetwork(A, 0.99)
+
+
 def test_pixels_enter_as_0_to_255_in_the_order_oldest_first():
     network = net.ActorCritic(2)
     for variable in network.trainable_variables:
