@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 import checkpoint
@@ -159,7 +159,7 @@ def given_to_run(folder: str) -> dict:
 def train(config: Config) -> int:
     """Train until `max_agent_steps` or a signal, resuming what the log folder holds. Return the exit status.
 
-    A resumed run takes the config as it is given here. What differs from before is reported and noted.
+    A resumed run takes the config as it is here; `main` adds to it what the run was given. What differs is reported.
 
     Raises:
       UserError: no such game or device, the log folder cannot be used, or it holds a run that cannot be resumed.
@@ -171,7 +171,7 @@ def train(config: Config) -> int:
         return _train(config, signals)
 
 
-def _train(config: Config, signals: list[int]) -> int:
+def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) -> int:
     game, device = game_and_device(config)
     config = dataclasses.replace(config, log_dir=config.folder)
     with run_folder(config.log_dir) as check, tf.device(device):
@@ -186,11 +186,9 @@ def _train(config: Config, signals: list[int]) -> int:
         elif config.initial_model:
             initial = checkpoint.resolve(config.initial_model)
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
-        _note_config(config, progress, resuming=resumed is not None)
+        _note_config(config, progress, resumed is not None, given)
         if config.is_finished(progress):
-            print(
-                f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; raise limits"
-            )
+            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} steps; raise the limits")
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)
@@ -212,12 +210,13 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     )
 
 
-def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
+def _note_config(config: Config, progress: Progress, resuming: bool, given: Set[str]) -> None:
     """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
     path = os.path.join(config.log_dir, settings.CONFIG)
     new, history = {**dataclasses.asdict(config), "versions": settings.versions()}, []
-    given = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
-    print("settings that differ from the defaults: " + (", ".join(f"{name} = {new[name]}" for name in given) or "none"))
+    differ = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
+    shown = ", ".join(f"{name} = {new[name]}" for name in differ)
+    print(f"settings that differ from the defaults: {shown or 'none'}")
     if resuming and os.path.exists(path):
         old = settings.read_config(path)
         if old["game"] != config.game:
@@ -227,15 +226,18 @@ def _note_config(config: Config, progress: Progress, resuming: bool) -> None:
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    settings.write_json(path, {**new, "given": given, "history": history})
+    settings.write_json(
+        path, {**new, "given": sorted(({*differ} | given) & new.keys() - {"log_dir"}), "history": history}
+    )
 
 
 def main() -> int:
     """Run the command line: flags name a folder, and beat what a run there was given. Return the exit status."""
-    signals = []
+    signals, flags = [], sys.argv[1:]
     with startup.uninterrupted(signals.append):
         try:
-            return _train(parse_config(sys.argv[1:], **given_to_run(parse_config(sys.argv[1:]).folder)), signals)
+            given = given_to_run(parse_config(flags).folder)  # the folder must be known before the run's settings are
+            return _train(parse_config(flags, **given), signals, {*given, *settings.names_in(flags)})
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)
         except Exception as error:

@@ -201,7 +201,7 @@ class GroupAgent:
 
         self.episode_score += reward
         if done.any():
-            with self.progress.lock:
+            with self.progress.games_lock:
                 self.progress.scores[self.index, done] = self.episode_score[done]
                 self.progress.episodes += int(done.sum())
             self.episode_score[done] = 0.0

@@ -128,7 +128,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) 
         if was != now and name == "weights/policy" and was and now:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         if was != now:
-            why = "Leave out the --preset, --filters or --subtract_background that changes it, or give a new --log_dir"
+            why = "Train with the --preset, or --filters and --subtract_background, that it was trained with"
             raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 

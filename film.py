@@ -95,7 +95,7 @@ class Explanation:
     def __init__(self, show: Callable, height: int, actions: Sequence[str], game: Game, config: dict):
         self.show, self.config = show, config
         self.waiting = deque()  # moments that are not drawn yet
-        self.curve = deque(maxlen=SECONDS * FRAMES_PER_SECOND // game.frameskip)  # (value, return) of those drawn last
+        self.curve = deque(maxlen=SECONDS * FRAMES_PER_SECOND // game.frameskip or 1)  # (value, return), drawn last
         self.low, self.high = 0.0, 0.1  # of the curves since the film began, so that their scale is steady
         self.font, self.large = ImageFont.load_default(16), ImageFont.load_default(24)
         self.bottom = TOP + SCALE * height

@@ -12,11 +12,13 @@ from startup import tf
 class Progress(tf.train.experimental.PythonState):
     """What training has done so far, over all resumes. Part of every checkpoint.
 
-    `lock` guards the shared network and this object together: whoever holds it sees whole updates.
+    `lock` guards the shared network and this object together: whoever holds it sees whole updates. `games_lock` guards
+    what is counted while games are stepped, inside a graph: to wait for `lock` there would keep a thread of TensorFlow
+    from the update whose group has it, and where all threads wait like that, all groups hang.
     """
 
     def __init__(self, num_groups: int, num_envs: int):
-        self.lock = threading.Lock()
+        self.lock, self.games_lock = threading.Lock(), threading.Lock()
         self.iteration = 0  # updates of the shared network
         self.agent_steps = 0
         self.episodes = 0  # whole games played to their end

@@ -71,6 +71,11 @@ def parse_flags(default, flags: Sequence[str], about: str):
     return tyro.cli(type(default), default=default, args=flags, description=about, **options)
 
 
+def names_in(flags: Sequence[str]) -> set[str]:
+    """Return the names of the settings that flags give."""
+    return {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
 def read_config(path: str) -> dict:
     """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
     try:

@@ -109,12 +109,14 @@ class Bench:
         ):
             for thread in threads:
                 thread.start()
-            while (end is None or time.monotonic() < end) and not coordinator.wait_for_stop(0.2):
-                self.report.refresh()
-                if end is None and len(self.times) > warm + 1:
-                    end = time.monotonic() + seconds
-            coordinator.request_stop()
-            coordinator.join(threads, stop_grace_period_secs=60)
+            try:
+                while (end is None or time.monotonic() < end) and not coordinator.wait_for_stop(0.2):
+                    self.report.refresh()
+                    if end is None and len(self.times) > warm + 1:
+                        end = time.monotonic() + seconds
+            finally:  # also on Ctrl-C
+                coordinator.request_stop()
+                coordinator.join(threads, stop_grace_period_secs=60)
         counted = self.times[warm:]
         return self.config.steps_per_update * (len(counted) - 1) / (counted[-1] - counted[0])
 

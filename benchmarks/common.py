@@ -74,12 +74,12 @@ def first_update(flags: list[str], folder: pathlib.Path = REPOSITORY) -> float:
         return os.path.getmtime(f"{log_dir}/progress.csv") - start
 
 
-def read_rows(path: str) -> list[dict]:
-    """Return the rows of a CSV file, none if there is no file. A last line that is still being written is no row."""
+def read_rows(path: str, whole: bool = False) -> list[dict]:
+    """Return the rows of a CSV file, none if there is no file. A last line without an end is no row, unless `whole`."""
     if not os.path.exists(path):
         return []
     with open(path, newline="") as file:
-        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+        return list(csv.DictReader(line for line in file if whole or line.endswith("\n")))
 
 
 def processor() -> str:

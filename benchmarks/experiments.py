@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.common import REPOSITORY, read_rows
+from startup import STOP_SIGNALS, available_cores
 
 MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
 COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
@@ -46,6 +47,7 @@ def read_list(path: str) -> dict[str, str]:
             name, colon, flags = line.partition(":")
             if line and (not colon or name in found):
                 raise ValueError(f"{path}: {line!r} must be a new name, a colon and flags")
+            shlex.split(flags)  # raises ValueError where a quote is not closed
             if line:
                 found[name] = flags.strip()
     return found
@@ -104,8 +106,9 @@ def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event],
     waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
     for trial in trials:
         waiting.put(trial)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as by `nohup`
+            signal.signal(number, lambda *_: stop.set())
 
     def work(cores: list[int]) -> None:
         while not stop.is_set():
@@ -119,7 +122,7 @@ def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event],
                     add(row)
                 print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
 
-    all_cores = sorted(os.sched_getaffinity(0))
+    all_cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     number = min(len(trials), len(all_cores))
     workers = [threading.Thread(target=work, args=(all_cores[index::number],)) for index in range(number)]
     for worker in workers:
@@ -145,7 +148,9 @@ def main() -> None:
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"experiments.py: error: {error}")
     have = {
-        (r["name"], int(r["seed"])) for r in read_rows(arguments.out) if int(r["agent_steps"] or 0) >= arguments.steps
+        (r["name"], int(r["seed"]))
+        for r in read_rows(arguments.out, whole=True)
+        if int(r["agent_steps"] or 0) >= arguments.steps
     }
 
     def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
@@ -159,7 +164,7 @@ def main() -> None:
 def write(path: str, row: dict, columns: list[str]) -> None:
     """Add a row, in place of the one that the same trial had with fewer steps."""
     same = (row["name"], str(row["seed"]))
-    rows = [old for old in read_rows(path) if (old["name"], old["seed"]) != same]
+    rows = [old for old in read_rows(path, whole=True) if (old["name"], old["seed"]) != same]
     with open(f"{path}.new", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

@@ -16,6 +16,7 @@ import sys
 import time
 
 import checkpoint
+import startup
 from benchmarks.common import REPOSITORY, read_rows
 from startup import UserError, as_user_error, tf
 
@@ -34,11 +35,14 @@ def evaluate(folder: str, games: int, flags: list[str], not_before: int) -> dict
     row = {name: x for name, x in json.loads(tensors["progress"]).items() if name in COLUMNS}
     if row["agent_steps"] < not_before:
         return None
-    out = os.path.join(folder, "evaluation", str(iteration))
-    command = [sys.executable, "a3c-test.py", f"--model={os.path.abspath(found[0])}", f"--out={os.path.abspath(out)}"]
+    model, out = os.path.abspath(found[0]), os.path.join(os.path.abspath(folder), "evaluation", str(iteration))
+    command = [sys.executable, "a3c-test.py", f"--model={model}", f"--out={out}", "--device=cpu"]
     played = subprocess.run([*command, f"--iter={games}", *flags], cwd=REPOSITORY, capture_output=True, text=True)
+    if played.returncode == 2:  # a wrong flag
+        sys.exit(played.stderr)
     if played.returncode:
-        raise UserError(f"{found[0]} could not be played: {(played.stderr or 'it was stopped').splitlines()[-1]}")
+        lines = [line for line in played.stderr.splitlines() if "rror: " in line]  # also of a traceback
+        raise UserError(f"{found[0]} could not be played: {['it was stopped', *lines][-1]}")
     with open(os.path.join(out, "results.json")) as file:
         results = json.load(file)
     return row | {"games": games, "average_score": results["mean"], "maximum_score": results["maximum"]}
@@ -66,13 +70,15 @@ def main() -> None:
     print(f"waiting for a new save in {args.folder}; then {args.games} games take a minute or more", flush=True)
     os.nice(19)
     table = os.path.join(args.folder, "evaluation.csv")
-    with tf.device("/CPU:0"):
+    with tf.device(startup.choose_device("cpu")):  # takes nothing of a GPU
         curves = tf.summary.create_file_writer(os.path.join(args.folder, "evaluation"))
     next_at = max((int(row["agent_steps"]) + args.every for row in read_rows(table)), default=0)
     while True:
         try:
             row = evaluate(args.folder, args.games, flags, next_at)
         except UserError as error:  # a run that goes on may have removed the checkpoint meanwhile
+            if args.once:
+                sys.exit(f"watch_training: {error}")
             print(f"watch_training: {error}", file=sys.stderr)
             row = None
         if row:

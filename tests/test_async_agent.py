@@ -327,6 +327,18 @@ def test_seeds_of_all_games_differ_from_one_another_and_from_those_of_other_runs
     assert 0 <= min(seeds) <= max(seeds) < 2**31
 
 
+@pytest.mark.row(n=34)
+def test_game_that_ends_waits_for_nothing_that_an_update_holds(make_config):
+    """It would keep a thread of TensorFlow waiting: where that has no more of them, the update could never end."""
+    agent = make_agent(ScriptedEnv(np.ones([5, 2]), ends=np.ones([5, 2])), make_config())
+    thread = threading.Thread(target=agent.step, args=[NOOP], daemon=True)
+    with agent.progress.lock:
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert agent.progress.episodes == 2
+
+
 @pytest.mark.row(n=12)
 def test_exception_in_an_environment_stops_all_groups_and_is_the_cause_of_a_group_failure(make_config):
     class Broken(ScriptedEnv):

@@ -237,7 +237,7 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
     [
         ({}, {"num_actions": 6}, "of a game with 4 actions; this one has 6"),
         ({"num_actions": 18}, {}, "of a game with 18 actions; this one has 4"),
-        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Leave out the --preset"),
+        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Train with the --preset"),
         ({"background": 0}, {"background": 87}, "of another network: biases/input .*--subtract_background"),
         ({"background": 87}, {"background": 0}, "of another network: biases/input .*--subtract_background"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import a3c
+import groups
 import settings
 from a3c import Config
 
@@ -197,6 +198,19 @@ def test_flags_go_before_the_settings_of_a_run_and_those_before_a_preset(preset)
     assert a3c.parse_config(["--preset", preset]) == Config(**changed)
     config = a3c.parse_config([f"--preset={preset}", "--filters=3"], filters=4, agents_per_thread=5)
     assert config == Config(**{**changed, "filters": 3, "agents_per_thread": 5})
+
+
+def test_run_remembers_also_what_it_was_given_that_equals_a_default(tmp_path, monkeypatch, main, no_training):
+    """Else `--preset fast` would change it when the run is resumed."""
+    flags = [f"--log_dir={tmp_path}", "--preset", "fast", "--filters=32", "--global-clip", "None"]
+    monkeypatch.setattr(groups.Groups, "run", lambda self, *_: self.saver.save() and 0)
+    assert main(*flags)[0] == 0
+    status, output, errors = main(f"--log_dir={tmp_path}", "--preset=fast", "--decay=0.9")
+    assert (status, errors) == (0, "")
+    assert "changed since the last run: decay from 0.99 to 0.9\n" in output
+    assert output.count("changed since") == 1
+    given = a3c.given_to_run(str(tmp_path))
+    assert (given["filters"], given["global_clip"], given["learning_rate"], given["decay"]) == (32, None, 3e-4, 0.9)
 
 
 def test_help_shows_each_flag_with_its_comment_and_its_default(capsys):

@@ -66,10 +66,25 @@ def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, 
 
 
 @pytest.mark.row(n=11)
-def test_checkpoint_that_cannot_be_played_is_named_and_passed_over(tmp_path, watch_once, capsys):
+def test_checkpoint_that_cannot_be_played_is_named(tmp_path, watch_once):
     path = Resumable(tmp_path, filters=1, num_actions=6).save(30)
-    assert watch_once() == []
-    assert f"{path} could not be played: a3c-test.py: error: {path} is of a game with 6" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=f"{path} could not be played: a3c-test.py: error: {path} is of a game with 6"):
+        watch_once()
     (tmp_path / f"model.ckpt-50{checkpoint.INDEX}").write_bytes(b"damaged")
-    assert watch_once() == []
-    assert "model.ckpt-50 is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="ckpt-50 is damaged"):
+        watch_once()
+
+
+@pytest.mark.parametrize(
+    "status, errors, said",
+    [
+        (2, "Unrecognized options: --polcy\n+----+\n", "^Unrecognized options: --polcy"),
+        (-9, "\r  0%|   | 0/30\r  3%|   | 1/30", "could not be played: it was stopped$"),
+        (1, "a\nKeyError: b\n  0%|", "could not be played: KeyError: b$"),
+    ],
+)
+def test_why_a_checkpoint_was_not_played_is_said(tmp_path, watch_once, monkeypatch, status, errors, said):
+    Resumable(tmp_path, filters=1).save(30)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, status, "", errors))
+    with pytest.raises(SystemExit, match=said):
+        watch_once()
