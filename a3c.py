@@ -226,9 +226,7 @@ def _note_config(config: Config, progress: Progress, resuming: bool, given: Set[
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    settings.write_json(
-        path, {**new, "given": sorted(({*differ} | given) & new.keys() - {"log_dir"}), "history": history}
-    )
+    settings.write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
 
 
 def main() -> int:
@@ -237,7 +235,7 @@ def main() -> int:
     with startup.uninterrupted(signals.append):
         try:
             given = given_to_run(parse_config(flags).folder)  # the folder must be known before the run's settings are
-            return _train(parse_config(flags, **given), signals, {*given, *settings.names_in(flags)})
+            return _train(parse_config(flags, **given), signals, {*given, *settings.names_in(flags)} - {"log_dir"})
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)
         except Exception as error:
