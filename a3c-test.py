@@ -1,7 +1,8 @@
 """Watch a trained agent play: `python a3c-test.py --model ./models/breakout-v0/last.ckpt --out /tmp/result`.
 
-Plays the registered Gymnasium environment as it is, with its random frame-skip and sticky actions. Prints the raw score
-of every game, and writes `results.json` (anew after each game) and a video, `play.mp4`.
+Plays the registered Gymnasium environment, up to 16 games side by side, with its random frame-skip and sticky actions,
+unless the agent's run was given another frame-skip, start of a game or kind of frame. Prints the raw score of every
+game, and writes `results.json` (anew after each game) and a video, `play.mp4`.
 """
 
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up

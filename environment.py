@@ -1,7 +1,7 @@
 r"""Atari: what a game is, many games at once for training, one real game for watching, and the frame history.
 
     Training                                   Watching (`a3c-test.py`)
-    AtariVectorEnv, B games in C++             gymnasium.make(game), one game
+    AtariVectorEnv, B games in C++             gymnasium.make(game), one by one
       grey 210x160 by ALE's palette              grey 210x160 by ALE's palette
       area resize to 84x84, uint8                area resize to 84x84, uint8   (equal within 1 grey level)
                         \                       /
@@ -42,7 +42,7 @@ class Game(NamedTuple):
     random_frameskip: bool  # whether training draws the frame-skip at random, too
     max_pool: bool = False  # whether a frame is the maximum of the last two of its step
     noop_max: int = 0  # most emulator frames without an action before a game begins, drawn anew for each
-    fire_reset: bool = False  # whether the first of them presses FIRE, where the game has that
+    fire_reset: bool = False  # whether a game begins with FIRE, where it has that; counts as one of these frames
 
     def describe(self) -> str:
         """Return one line that says what is played, and how it differs from the registered environment."""
