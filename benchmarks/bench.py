@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -133,14 +134,15 @@ class Bench:
         threads = [threading.Thread(target=play, args=(index,), daemon=True) for index in range(len(self.envs))]
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
-        before, start = sum(steps), time.monotonic()
-        time.sleep(seconds)
-        rate = (sum(steps) - before) / (time.monotonic() - start)
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-        return rate
+        try:
+            time.sleep(0.5)
+            before, start = sum(steps), time.monotonic()
+            time.sleep(seconds)
+            return (sum(steps) - before) / (time.monotonic() - start)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
 
 
 def endless(config: a3c.Config) -> a3c.Config:
@@ -228,4 +230,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
