@@ -368,8 +368,8 @@ def test_weeks_of_training_keep_memory_threads_and_files_flat(tmp_path):
                 state = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
                 memory, threads = int(state["VmRSS"].split()[0]) / 1024, int(state["Threads"])
                 samples.append((memory, threads, len(os.listdir(process / "fd"))))
-        status, output = running.send(signal.SIGINT)
-    assert status == 130
+        status, output = running.send(signal.SIGTERM)  # `pytest &` ignores SIGINT
+    assert status == 143
     early, *_, late = (np.median(third, axis=0) for third in np.array_split(samples, 3))
     table = rows(folder)
     events = sum(path.stat().st_size for path in folder.rglob("events.*"))
