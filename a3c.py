@@ -188,7 +188,7 @@ def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) ->
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
         _note_config(config, progress, resumed is not None, given)
         if config.is_finished(progress):
-            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} steps; raise the limits")
+            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; lift limits")
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)

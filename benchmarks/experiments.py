@@ -13,7 +13,6 @@ import csv
 import os
 import queue
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.common import REPOSITORY, read_rows
-from startup import STOP_SIGNALS, available_cores
+from startup import available_cores, uninterrupted
 
 MARKS = {"0.5M": 0.5e6, "1M": 1e6, "2M": 2e6, "5M": 5e6, "10M": 10e6}
 COLUMNS = ["name", "flags", "seed", "cores", "agent_steps", "minutes", *MARKS, "ended"]
@@ -106,9 +105,6 @@ def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event],
     waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
     for trial in trials:
         waiting.put(trial)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as by `nohup`
-            signal.signal(number, lambda *_: stop.set())
 
     def work(cores: list[int]) -> None:
         while not stop.is_set():
@@ -125,10 +121,11 @@ def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event],
     all_cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     number = min(len(trials), len(all_cores))
     workers = [threading.Thread(target=work, args=(all_cores[index::number],)) for index in range(number)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with uninterrupted(lambda _: stop.set()):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
 
 
 def main() -> None:

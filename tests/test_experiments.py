@@ -76,7 +76,6 @@ def test_search_that_is_stopped_saves_its_runs_and_resumes_them_the_next_time(tm
 )
 def test_fewer_runs_than_cores_share_all_of_them(monkeypatch, trials, expected):
     monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
-    monkeypatch.setattr(experiments.signal, "signal", lambda *_: None)
     ran, at_work = [], threading.Barrier(max(1, len(expected)))
 
     def run_trial(trial, cores, stop):

@@ -110,7 +110,7 @@ def test_run_that_has_come_to_its_end_says_so(run_copy, tmp_path, no_training, l
     status, output, _ = run_copy(limit)
     assert status == 0
     assert f"resumed {tmp_path}/run/model.ckpt-6:" in output
-    assert output.splitlines()[-1].startswith("nothing to do: iteration 6, 120 steps")
+    assert output.splitlines()[-1].startswith("nothing to do: iteration 6, 120 agent steps")
 
 
 @pytest.mark.row(n=10)
