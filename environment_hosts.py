@@ -77,11 +77,13 @@ def versions() -> dict[str, str]:
 class Games:
     """The games of a group, on a host."""
 
-    def build(self, make_envs: bytes, wanted: dict[str, str]) -> tuple[str, dict[str, str]]:
-        """Build the games unless other versions are wanted. Return the name of the host and its versions."""
-        if (found := versions()) == wanted:
-            self.envs = pickle.loads(make_envs)()
-        return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}", found
+    def describe(self) -> tuple[str, dict[str, str]]:
+        """Return the name of the host and its versions."""
+        return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}", versions()
+
+    def build(self, make_envs: bytes) -> None:
+        """Build the games."""
+        self.envs = pickle.loads(make_envs)()
 
     def call(self, method: str, words: dict, pieces: int) -> list[bytes]:
         """Return what a method of the games returns, with only the lives in `info`, pickled and cut into pieces."""
@@ -108,9 +110,10 @@ class HostedGames(gymnasium.vector.VectorEnv):
         while (left := end - time.monotonic()) > 0 and ray.is_initialized():  # else Ray would begin anew by itself
             self.games = Games.options(num_cpus=self.num_cpus, scheduling_strategy="SPREAD").remote()
             with contextlib.suppress(HostLost):
-                self.host, theirs = self._get(self.games.build.remote(self.make_envs, ours := versions()), left)
-                if theirs != ours:
+                self.host, theirs = self._get(self.games.describe.remote(), left)
+                if theirs != (ours := versions()):
                     raise startup.UserError(f"environment host {self.host} has {theirs}, but here is {ours}")
+                self._get(self.games.build.remote(self.make_envs), end - time.monotonic())
                 tqdm.write(f"{threading.current_thread().name} plays on {self.host}")
                 return self._call("reset", end - time.monotonic(), seed=seed)
             time.sleep(1)

@@ -75,6 +75,8 @@ def __getattr__(name: str):
         import tensorflow as tf  # prints a dozen lines before any log level applies
 
         tf.config.list_physical_devices("GPU")  # prints an error, once, where there is no driver
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # it takes seconds, and nobody has a use for the traceback
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

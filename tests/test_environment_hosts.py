@@ -148,6 +148,15 @@ def test_updates_are_the_same_as_with_games_in_this_process(make_hosted, random_
 
 @pytest.mark.slow
 @pytest.mark.row(n=38)
+def test_host_that_hangs_while_it_builds_is_named(make_hosted):
+    games = make_hosted()
+    games.make_envs, games.limit = ray.cloudpickle.dumps(lambda: time.sleep(3600)), 20
+    with pytest.raises(TimeoutError, match=r"began its games for 20 s; the last one was \S+/\w{6}$"):
+        games.reset(seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.row(n=38)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_host_that_dies_or_hangs_is_replaced(make_hosted, number, capsys):
     before = actors()

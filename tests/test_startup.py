@@ -25,6 +25,14 @@ def test_every_line_of_requirements_txt_is_checked_and_those_installed_are_enoug
     startup.check_packages()
 
 
+def test_ctrl_c_while_tensorflow_is_imported_ends_the_program_without_a_traceback(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt")
+    words = [sys.executable, "a3c.py"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
