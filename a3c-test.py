@@ -173,7 +173,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         print(f"{game.id}, {model} after {iteration:,} updates, {flags.policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
-        about |= {**as_trained, "versions": settings.versions()}
+        about |= {**as_trained, "versions": settings.versions(), "games_wanted": flags.iter}
 
         of_original = is_original(model)
         open_game = open_window if flags.render else make_watching_env
@@ -202,6 +202,8 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
             bar.set_postfix_str(f"mean {summary['mean']:.1f}", refresh=False)
             bar.update()
     print(f"{len(games)} games: " + ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items()))
+    if len(games) < flags.iter:
+        print(f"stopped before all {flags.iter} games: short ones end first, so these figures are not those of all")
     print(f"wrote {results_path}" + (f" and {film_path}" if film else ""))
 
 

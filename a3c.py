@@ -97,7 +97,7 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Agent steps of the whole run, whichever limit comes first."""
+        """Agent steps of the whole run, whichever limit comes first, if all its updates have today's size."""
         return min(self.max_agent_steps, self.steps_per_update * (self.max_iteration or self.max_agent_steps))
 
     def is_finished(self, progress: Progress) -> bool:

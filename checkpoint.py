@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from settings import check_path
 from startup import UserError, as_user_error, reason, tf
 
 KEEP = 3  # numbered checkpoints that stay in a folder
-LAST, NUMBERED = "last.ckpt", "model.ckpt-"
+LAST, NUMBERED, DAMAGED = "last.ckpt", "model.ckpt-", "damaged-"
 DATA, INDEX = ".data-00000-of-00001", ".index"  # the two files of a checkpoint
 
 
@@ -64,8 +64,8 @@ class Saver:
     def resume(self, warn: Callable[[str], None]) -> str | None:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
 
-        Removes half-written files; names damaged checkpoints to `warn` and passes over them. Raises UserError if all
-        are damaged, or if the newest is of another network.
+        Removes half-written files; names damaged checkpoints to `warn`, passes over them and renames them, so that
+        they count no more. Raises UserError if all are damaged, or if the newest is of another network.
         """
         shutil.rmtree(self.unfinished, ignore_errors=True)
         for name in glob.glob(f"*.ckpt*{DATA}", root_dir=self.folder):
@@ -73,15 +73,18 @@ class Saver:
             if not os.path.exists(path + INDEX):
                 warn(f"{path}{DATA} has no {INDEX} file, so it is not a checkpoint: removed")
                 os.remove(path + DATA)
-        paths = all_checkpoints(self.folder)
+        paths, damaged = all_checkpoints(self.folder), []
         for path in paths:
             try:
                 tensors, _ = read(path)
             except UserError as error:
                 warn(f"{error}; falling back to an earlier one")
+                damaged.append(path)
             else:
                 check_fits(tensors, self.shared, path)
                 self.checkpoint.read(path).assert_consumed()
+                for old in damaged:
+                    _set_aside(old)
                 return path
         if paths:
             raise UserError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
@@ -93,6 +96,13 @@ def _move(path: str, new: str) -> None:
     _remove(new)
     for suffix in (DATA, INDEX):
         os.replace(path + suffix, new + suffix)
+
+
+def _set_aside(path: str) -> None:
+    """Rename a damaged checkpoint: as the newest it would be played, and kept in place of a sound one."""
+    for suffix in (INDEX, DATA):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path + suffix, os.path.join(os.path.dirname(path), DAMAGED + os.path.basename(path) + suffix))
 
 
 def _remove(path: str) -> None:
@@ -118,18 +128,19 @@ def read(path: str, or_original: bool = False) -> tuple[dict[str, np.ndarray], i
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
 
 
-def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str) -> None:
-    """Raise UserError where a checkpoint's weights are not those of a network, by name and shape."""
+def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, but: Sequence[str] = ()) -> None:
+    """Raise UserError where a checkpoint's weights, but for some, are not those of a network, by name and shape."""
     kinds = {"weights": network.weights, "biases": network.biases}
     here = {f"{kind}/{layer}": v.shape.as_list() for kind, layers in kinds.items() for layer, v in layers.items()}
     there = {name: [*x.shape] for name, x in tensors.items() if name.split("/")[0] in kinds}
     for name in {**here, **there}:
         was, now = there.get(name), here.get(name)
-        if was != now and name == "weights/policy" and was and now:
+        if was == now or name in but:
+            continue
+        if name == "weights/policy" and was and now:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
-        if was != now:
-            why = "Train with the --preset, or --filters and --subtract_background, that it was trained with"
-            raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
+        why = "Train with the --preset, or --filters and --subtract_background, that it was trained with"
+        raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
@@ -143,7 +154,7 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
 def load_weights(path: str, network: ActorCritic) -> int:
     """Give a network a checkpoint's weights; return the number of its updates. Raises UserError as `load_network`."""
     tensors, iteration = read(path, or_original=True)
-    check_fits(tensors, network, path)
+    check_fits(tensors, network, path, but=["biases/input"])  # the background is not learnt: each game has its own
     for kind, layers in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in layers.items():
             if variable.trainable:

@@ -20,7 +20,7 @@ import gymnasium
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
 
-from startup import UserError, available_cores, tf
+from startup import UserError, tf
 
 FRAME_SIZE = 84  # height and width of a frame, pixels
 
@@ -105,8 +105,8 @@ def _background(env: gymnasium.Env) -> int:
     return int(np.median(screen))
 
 
-def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.vector.VectorEnv:
-    """Build `num_envs` games that run in C++ without Python's global lock, sharing the cores with the other groups.
+def make_training_envs(game: Game, num_envs: int, num_threads: int) -> gymnasium.vector.VectorEnv:
+    """Build `num_envs` games that run in C++ without Python's global lock, on so many threads, at least one.
 
     A game that ends restarts in the same step, so every row of every step is play. Rewards are raw scores. Takes
     about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
@@ -114,7 +114,7 @@ def make_training_envs(game: Game, num_envs: int, num_groups: int) -> gymnasium.
     envs = AtariVectorEnv(
         game.rom,
         num_envs,
-        num_threads=max(1, available_cores() // num_groups),  # 0 would take every core, for each group
+        num_threads=num_threads,
         max_num_frames_per_episode=game.max_frames,
         repeat_action_probability=game.repeat_action_probability,
         frameskip=1 if game.random_frameskip else game.frameskip,

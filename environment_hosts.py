@@ -56,10 +56,10 @@ def connected(config: "Config", game: environment.Game) -> Iterator[Callable[[],
     ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each lost host
     try:
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        num_envs, groups, most = config.agents_per_thread, config.num_threads, max(cpus)
-        threads = max([1, *(n for n in range(1, most + 1) if sum(cpu // n for cpu in cpus) >= groups)])
+        num_envs, groups = config.agents_per_thread, config.num_threads
+        threads = max([1, *(n for n in range(1, max(cpus) + 1) if sum(cpu // n for cpu in cpus) >= groups)])
         print(f"{sum(cpus)} CPUs on {sum(map(bool, cpus))} hosts, {threads} for each group of games", flush=True)
-        make = functools.partial(environment.make_training_envs, game, num_envs, max(1, most // threads))
+        make = functools.partial(environment.make_training_envs, game, num_envs, threads)
         yield functools.partial(HostedGames, ray.cloudpickle.dumps(make), num_envs, threads, config.stall_timeout)
     finally:
         shutdown = threading.Thread(target=ray.shutdown, daemon=True)

@@ -129,8 +129,13 @@ class Explanation:
             self._draw_next()
 
     def _draw_next(self) -> None:
-        following, clip = self.waiting[-1].value, self.config["reward_clip"] or math.inf
-        for moment in reversed(self.waiting):
+        clip = self.config["reward_clip"] or math.inf
+        *known, last = self.waiting
+        if self._ends_return(last):
+            known, following = self.waiting, 0.0
+        else:
+            following = last.value  # stands for its return
+        for moment in reversed(known):
             following *= 0.0 if self._ends_return(moment) else self.config["discount_factor"]
             following += min(max(moment.reward, -clip), clip)
         moment = self.waiting.popleft()

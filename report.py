@@ -77,6 +77,7 @@ class Report:
     def _make_row(self, now: float) -> dict[str, float]:
         progress, scores = self.progress, self.progress.recent_scores()
         then, steps_then = self.since
+        steps = progress.agent_steps - steps_then  # none where the first update makes a row by itself
         return {
             "iteration": progress.iteration,
             "agent_steps": progress.agent_steps,
@@ -86,7 +87,7 @@ class Report:
             "maximum_score": scores.max() if scores.size else np.nan,
             **dict(zip(Losses._fields, np.mean(self.losses, axis=0), strict=True)),
             "learning_rate": self.config.learning_rate_at(progress.agent_steps - self.config.steps_per_update),
-            "steps_per_second": (progress.agent_steps - steps_then) / max(now - then, 1e-9),
+            "steps_per_second": steps / max(now - then, 1e-9) if steps else np.nan,
         }
 
     def _write(self, row: dict[str, float]) -> None:

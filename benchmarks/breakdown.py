@@ -20,7 +20,7 @@ from unittest import mock
 import a3c
 import async_agent
 from benchmarks.bench import WARM_UP_UPDATES, endless
-from benchmarks.common import CORES, processor
+from benchmarks.common import processor
 from environment import make_training_envs
 from network import ActorCritic, SharedNetwork
 from progress import Progress
@@ -56,7 +56,7 @@ def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
 
         return call
 
-    envs = make_training_envs(game, config.agents_per_thread, CORES)
+    envs = make_training_envs(game, config.agents_per_thread, 1)
     step = envs.step
 
     def timed_step(actions):

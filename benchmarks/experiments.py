@@ -62,10 +62,11 @@ def summary(rows: list[dict], steps: int = 0) -> dict:
         return cells
     before, last = [0, *(int(row["agent_steps"]) for row in rows)][-2:]
     reached = steps if last < steps < 2 * last - before else last
-    speed = statistics.median(float(row["steps_per_second"]) for row in rows)
-    cells |= {"agent_steps": reached, "minutes": f"{reached / speed / 60:.1f}"}
+    speeds = [speed for row in rows if (speed := float(row["steps_per_second"])) > 0]  # not nan
+    cells |= {"agent_steps": reached, "minutes": f"{reached / statistics.median(speeds) / 60:.1f}" if speeds else ""}
     for name, mark in MARKS.items():
         scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
+        scores = [score for score in scores if score == score]  # nan: no game has ended
         if scores and reached >= mark:
             cells[name] = f"{sum(scores) / len(scores):.1f}"
     return cells

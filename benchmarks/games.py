@@ -51,7 +51,11 @@ def main() -> None:
     parser.add_argument("--out", default="results/games.csv", help="table to add to (%(default)s)")
     parser.add_argument("--log_dir", default="log/games", help="folder of the runs' folders (%(default)s)")
     arguments = parser.parse_args()
-    have = {(row["name"], int(row["seed"])) for row in read_rows(arguments.out, whole=True) if row["ended"] == "done"}
+    have = {
+        (row["name"], int(row["seed"]))
+        for row in read_rows(arguments.out, whole=True)
+        if row["ended"] == "done" and int(row["agent_steps"]) >= arguments.steps and int(row["games"]) >= arguments.play
+    }
     trials = [
         Trial(game, f"{FLAGS} --game={game}NoFrameskip-v4", seed)
         for seed in arguments.seeds

@@ -8,7 +8,8 @@ found to make it faster. `pytorch-bf16` and `tuned-bf16` are these two with PyTo
 only a GPU, or a CPU with AMX or AVX512-BF16, makes fast. All run on the CPU, or on a GPU by `--device cuda`, which
 needs PyTorch's and TensorFlow's builds for it. Where a peer can be set up in several ways
 (`VARIANTS`), each is timed first and the fastest takes part. A step is one action in one game, 3 emulator frames.
-Start-up and warm-up are left out, for everyone. `requirements-peers.txt` says how to install the peers.
+Start-up and warm-up are left out, for everyone. `requirements-peers.txt` says how to install the peers. Flags of
+`a3c.py` may follow, for ours: `--compute_dtype=float32` where it would take bfloat16, which is printed.
 """
 
 import argparse
@@ -39,6 +40,12 @@ from benchmarks.common import CORES, LIMIT, REPOSITORY, ask, processor, spread, 
 FRAMESKIP, STICKY, STEPS, DISCOUNT = 3, 0.25, 5, 0.99  # as our Breakout-v0
 WARM_UP = 3.0  # seconds
 DEVICES = {"cpu": "cpu", "cuda": "gpu"}  # PyTorch's name -> ours
+OURS = """
+import sys, a3c, json, network, settings
+config = a3c.parse_config(sys.argv[1:])
+dtype = network.choose_dtype(config.compute_dtype, config.device.upper())
+print(json.dumps({"tensorflow": settings.versions()["tensorflow"], "ours computes in": dtype, "flags": sys.argv[1:]}))
+"""
 
 # Every way worth trying to set up a peer; PyTorch's threads are within one operation, the games' are always CORES.
 THREADS = sorted({1, min(2, CORES), CORES})
@@ -201,6 +208,7 @@ def train_pytorch(timer: Timer, device: str, num_envs: int, vec_env: str, tuned:
 def run_child(peer: str, seconds: float, device: str, threads: int, **variant) -> None:
     """Train one peer in this process and print its steps per second."""
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TensorFlow does
     timer = Timer(seconds)
     if peer.startswith("sb3"):
         train_sb3(timer, device, **variant)
@@ -249,7 +257,7 @@ def choose_variants(peers: list[str], seconds: float, device: str) -> dict[str, 
 def main() -> None:
     """Run the command line."""
     own = REPOSITORY / ".venv" / "bin" / "python"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--peers", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="all, if not given")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where all networks live (%(default)s)")
     parser.add_argument("--python", default=str(own) if own.exists() else sys.executable, help="runs ours")
@@ -257,7 +265,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="per measurement")
     parser.add_argument("--json", help="write everything to this file, after every round")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     if args.child:
         return run_child(**json.loads(args.child))
     if args.rounds < 1 or args.seconds <= 0:
@@ -265,8 +273,8 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():  # Stable-Baselines3 would take the CPU
         parser.error("--device cuda: this PyTorch sees no GPU. Its build for CUDA is installed by: pip install torch")
 
-    version = "import importlib.metadata, json; print(json.dumps(importlib.metadata.version('tensorflow')))"
-    hardware = {**machine(), "device": args.device, "tensorflow": ask([args.python, "-c", version])}
+    flags = [f"--device={DEVICES[args.device]}", *flags]
+    hardware = {**machine(), "device": args.device, **ask([args.python, "-c", OURS, *flags])}
     print(", ".join(f"{name} {value}" for name, value in hardware.items()))
     print("Choosing the fastest variant of each peer:")
     chosen = choose_variants(args.peers, max(3.0, args.seconds / 4), args.device)
@@ -274,7 +282,7 @@ def main() -> None:
     for number in range(1, args.rounds + 1):
         for name, values in rates.items():
             if name == "ours":
-                rate = train([f"--device={DEVICES[args.device]}"], args.seconds, python=args.python)
+                rate = train(flags, args.seconds, python=args.python)
             else:
                 rate = measure_peer(name, chosen[name], args.seconds, args.device)
             values.append(rate)

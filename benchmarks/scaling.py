@@ -12,6 +12,7 @@ import tempfile
 import time
 
 GAMES, UNROLL = 64, 5  # of a group
+HOST = 16  # cores of a host; a group's games are on one
 CORE = 2_500.0  # agent steps/s of a core's games: 40,000 of 16
 UPDATE = 1 / 369  # seconds of an update on the device: calls alone, by four threads, whatever the network
 STEP_BYTES = 84 * 84 + 14
@@ -19,11 +20,11 @@ CALL = 0.001  # seconds that Ray needs for a call and its answer
 LATENCIES = (0.2, 1, 5, 20)  # ms, there and back
 
 
-def simulate(groups: int, cores: int, latency: float, link: float = 25e9) -> float:
-    """Return the agent steps/s of so many groups on so many cores of hosts; latency in s, link in bit/s."""
-    threads = max(1, cores // groups)  # of a group
+def simulate(groups: int, hosts: int, latency: float, link: float = 25e9) -> float:
+    """Return the agent steps/s of so many groups on so many hosts; latency in s, link in bit/s."""
+    threads = max([1, *(n for n in range(1, HOST + 1) if hosts * (HOST // n) >= groups)])  # as environment_hosts.py
     step, play, transfer = UPDATE / (UNROLL + 1), GAMES / CORE / threads, GAMES * STEP_BYTES * 8 / link
-    device_free, link_free, hosts_free, steps = 0.0, 0.0, [0.0] * (cores // threads), 0
+    device_free, link_free, hosts_free, steps = 0.0, 0.0, [0.0] * (hosts * (HOST // threads)), 0
     events, end = [(0.0, "frames are here", group, 0) for group in range(groups)], 20.0
     while events[0][0] < end:
         now, what, group, taken = heapq.heappop(events)
@@ -51,7 +52,7 @@ def draw(path: str) -> None:
     for panel, latency in zip(panels, LATENCIES, strict=True):
         print(f"latency {latency} ms; agent steps/s on {hosts} hosts")
         for groups in (4, 8, 16, 32, 64):
-            rates = [simulate(groups, 16 * n, latency / 1000) for n in hosts]
+            rates = [simulate(groups, n, latency / 1000) for n in hosts]
             print(f"{groups:4} groups " + " ".join(f"{rate:9,.0f}" for rate in rates))
             panel.plot(hosts, [rate / 1000 for rate in rates], marker="o", label=f"{groups} groups")
         panel.set(title=f"{latency} ms", xlabel="hosts of 16 cores", xscale="log", xticks=hosts, xticklabels=hosts)

@@ -93,7 +93,7 @@ def main() -> None:
             )
             next_at = row["agent_steps"] + args.every
         if args.once:
-            return
+            return None if row else print(f"{args.folder} has no save that has not been played")
         time.sleep(5)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from benchmarks import common, compare
+from benchmarks import common, compare, scaling
 
 # Trains at --speed steps per second, thrice as fast without games.
 BENCH = """
@@ -75,6 +75,12 @@ def test_first_update_is_timed_by_the_csv_and_not_by_the_end(tmp_path):
     write = "open(sys.argv[-1].partition('=')[2] + '/progress.csv', 'w').close()"
     (tmp_path / "a3c.py").write_text(f"import sys, time; time.sleep(0.2); {write}; time.sleep(2)")
     assert 0.2 < common.first_update([], tmp_path) < 2
+
+
+def test_group_of_the_scaling_model_has_no_more_cores_than_a_host():
+    four, many = ([scaling.simulate(groups, hosts, 0.001) for hosts in (1, 4, 16)] for groups in (4, 64))
+    assert four[0] < four[1] == four[2]
+    assert many[0] < many[1] <= many[2]
 
 
 def test_line_that_is_still_being_written_is_no_row(tmp_path):

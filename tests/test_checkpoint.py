@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import re
 import shutil
 import threading
@@ -13,6 +14,7 @@ from conftest import ROOT, Resumable, equal, files
 import checkpoint
 import settings
 from checkpoint import DATA, INDEX
+from network import SharedNetwork
 from progress import Progress
 from startup import UserError, tf
 
@@ -144,17 +146,50 @@ def test_any_damage_is_named_and_the_checkpoint_before_resumed_and_nothing_watch
     other = small(tmp_path, seed=2)
     for name, fallback in (("model.ckpt-30", "last.ckpt"), ("last.ckpt", "model.ckpt-20")):
         damage(tmp_path / (name + suffix), how)
+        try:
+            checkpoint.load_network(str(tmp_path / name), 4)
+        except UserError as error:
+            assert name in str(error)
+            harmless = False
+        else:
+            harmless = True
         resumed = other.resume()
+        assert checkpoint.resolve(str(tmp_path)) == resumed  # what is damaged counts no more
         if other.warnings:
+            assert not harmless
             assert str(tmp_path / "model.ckpt-30") in other.warnings[0]
-            with pytest.raises(UserError, match=name):
-                checkpoint.load_network(str(tmp_path / name), 4)
         else:  # a bit that means nothing: the index ends with some
             assert how.startswith("flipped") and suffix == INDEX
             fallback = "model.ckpt-30"
         assert resumed == str(tmp_path / fallback)
         assert other.progress.iteration == (20 if fallback == "model.ckpt-20" else 30)
         assert equal(other.state(), saved[1][other.progress.iteration])
+
+
+@pytest.mark.row(n=8)
+def test_damaged_checkpoint_is_kept_under_another_name_and_takes_no_place_of_a_sound_one(saved, tmp_path):
+    content = (tmp_path / f"model.ckpt-30{DATA}").read_bytes()[:-1]
+    for name in ("model.ckpt-30", "last.ckpt"):
+        (tmp_path / (name + DATA)).write_bytes(content)
+    other = small(tmp_path, seed=2)
+    assert other.resume() == str(tmp_path / "model.ckpt-20")
+    for iteration in (21, 22):  # the one damaged at 30 would be the newest still
+        other.save(iteration)
+        assert checkpoint.resolve(str(tmp_path)) == str(tmp_path / f"model.ckpt-{iteration}")
+    assert [os.path.basename(path) for path in checkpoint.numbered(str(tmp_path))] == [
+        f"model.ckpt-{n}" for n in (22, 21, 20)
+    ]
+    assert (tmp_path / f"damaged-model.ckpt-30{DATA}").read_bytes() == content
+    assert other.resume() == str(tmp_path / "model.ckpt-22")
+
+
+def test_weights_of_a_game_with_another_background_are_taken(tmp_path):
+    path = small(tmp_path / "bright", background=87).save(10)
+    dark, bright = (SharedNetwork(4, 0.99, 1, filters=1, background=grey) for grey in (0, 30))
+    for network in (dark, bright):
+        assert checkpoint.load_weights(path, network) == 10
+    np.testing.assert_array_equal(dark.weights["conv1"], bright.weights["conv1"])
+    assert float(bright.biases["input"]) == -30
 
 
 @pytest.mark.row(n=8)

@@ -19,7 +19,7 @@ def native():
     built = []
 
     def build(game_id, num_envs=1, **changes):
-        built.append(environment.make_training_envs(find_game(game_id)._replace(**changes), num_envs, num_groups=1000))
+        built.append(environment.make_training_envs(find_game(game_id)._replace(**changes), num_envs, num_threads=1))
         return built[-1]
 
     yield build

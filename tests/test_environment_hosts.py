@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import os
+import pickle
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 from conftest import ENDLESS, Running, ScriptedEnv, has_rows, iterations, last_iteration, refusal
 
 import a3c
+import startup
 from async_agent import GroupAgent
 from environment import find_game, make_training_envs
 from progress import Progress
@@ -113,6 +115,12 @@ def sockets():
 
 def test_ray_listens_on_loopback_only(local):
     assert sockets() <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+def test_games_use_as_many_threads_as_their_actor_has_reserved(local):
+    games = local()
+    make = pickle.loads(games.make_envs)
+    assert make.args[-1] == games.num_cpus == max(1, startup.available_cores() // 2)
 
 
 def make_agent(agent_class, make_envs, shared=None, **fields):

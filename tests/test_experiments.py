@@ -100,6 +100,7 @@ ROWS = [(350_000, 1), (420_000, 2), (500_000, 4), (600_000, 9), (980_000, 5), (1
         ([(960_000, 3), (990_000, 3)], 0, {"agent_steps": 990_000, "1M": ""}),
         ([(960_000, 3), (990_000, 3)], 1_000_000, {"agent_steps": 1_000_000, "1M": "3.0"}),  # the next row was not due
         ([(960_000, 3), (990_000, 3)], 1_020_000, {"agent_steps": 990_000, "1M": ""}),
+        ([(450_000, "nan"), (960_000, "nan"), (10**6, 3)], 0, {"0.5M": "", "1M": "3.0"}),  # no game had ended
         (ROWS, 0, {"0.5M": "3.0", "1M": "5.0", "2M": "", "10M": "", "agent_steps": 1_100_000, "minutes": "1.8"}),
     ],
 )
@@ -107,6 +108,7 @@ def test_marks_are_means_of_the_scores_up_to_them_and_empty_where_the_run_ended_
     rows = [{"agent_steps": str(n), "average_score": str(score), "steps_per_second": "10000"} for n, score in rows]
     if rows:
         rows[-1]["steps_per_second"] = "10"  # it stood still for a while: the median counts
+        rows.insert(0, {**rows[0], "agent_steps": "8000", "steps_per_second": "nan"})
     assert expected.items() <= summary(rows, steps).items()
 
 
@@ -117,6 +119,18 @@ def test_list_that_cannot_be_read_is_refused(tmp_path, text, said):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=said):
         read_list(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("flags, again", [([], False), (["--steps=11"], True), (["--play=8"], True)])
+def test_game_that_has_a_row_is_not_trained_again_unless_more_is_asked_for(tmp_path, monkeypatch, flags, again):
+    row = {"name": "Pong", "seed": 1, "agent_steps": 10, "games": 7, "ended": "done"}
+    write(tmp_path / "table.csv", row, games.COLUMNS)
+    own = ["--games=Pong", "--steps=10", "--play=7", f"--out={tmp_path}/table.csv"]
+    monkeypatch.setattr(sys, "argv", ["games.py", *own, *flags])
+    began = []
+    monkeypatch.setattr(games, "on_all_cores", lambda trials, *_: began.extend(trials))
+    games.main()
+    assert bool(began) == again
 
 
 @pytest.mark.parametrize("status, ended", [(0, "done"), (3, "a3c-test.py failed with exit status 3"), (None, None)])

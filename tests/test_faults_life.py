@@ -200,6 +200,16 @@ def report_on(folder, progress, end, games=0):
     assert not reporter.background.failure
 
 
+def test_row_of_the_first_update_alone_has_no_speed(tmp_path):
+    progress = Progress(1, 4)
+    progress.iteration, progress.agent_steps = 5, 100
+    report_on(tmp_path, progress, 8)
+    first, second = (row["steps_per_second"] for row in rows(tmp_path))
+    assert first == "nan"
+    assert float(second) > 0
+    assert [point.step for point in tensorboard(tmp_path)["steps_per_second"]] == [8]
+
+
 @pytest.mark.row(n=29)
 @pytest.mark.parametrize("games", [3, 0])
 def test_curves_hold_where_lost_rows_have_as_many_games_as_those_that_stay(tmp_path, games):

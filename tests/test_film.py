@@ -55,14 +55,15 @@ def test_return_beside_a_value_is_what_the_agent_learns_from(explain, clip, life
 
 
 def test_no_more_moments_are_kept_than_the_look_ahead_needs(explain):
-    explanation, drawn = explain(discount_factor=0.99)
+    explanation, drawn = explain(discount_factor=1.0)
     for step in range(LOOKAHEAD + 50):
-        explanation.add(moment(step, reward=1.0)._replace(value=100.0))
+        explanation.add(moment(step, reward=1.0)._replace(value=1000.0 - step))  # these are the true returns
         assert len(explanation.waiting) <= LOOKAHEAD
     assert len(drawn) == 50
-    assert drawn[0][2] == pytest.approx(100.0)  # 1 + 0.99 + ..., and the value stands for what is not known yet
     explanation.finish()
     assert len(drawn) == LOOKAHEAD + 50
+    for _, value, true_return in drawn:
+        assert true_return == pytest.approx(value)  # the value of the last moment stands for what is not known yet
     assert len(explanation.curve) == explanation.curve.maxlen == 10 * 20
 
 

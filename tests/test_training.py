@@ -32,6 +32,14 @@ def test_run_ends_at_max_iteration_says_where_it_saved_and_prints_no_warnings_of
     assert process.stderr == ""
 
 
+@pytest.mark.parametrize("cores, num_threads, share", [(16, 4, 4), (5, 2, 2), (2, 4, 1)])
+def test_games_of_a_group_get_its_share_of_the_cores(monkeypatch, cores, num_threads, share):
+    monkeypatch.setattr(groups, "available_cores", lambda: cores)
+    monkeypatch.setattr(groups, "make_training_envs", lambda game, num_envs, num_threads: (num_envs, num_threads))
+    with groups.games_of(a3c.Config(num_threads=num_threads), None) as (_, make_envs):
+        assert make_envs() == (64, share)
+
+
 def test_progress_csv_has_a_row_for_each_summary_period(trained):
     table = rows(trained[0])
     assert list(table[0]) == list(report.COLUMNS)

@@ -46,7 +46,7 @@ def short_games_here(monkeypatch):
     monkeypatch.setattr(watching, "make_watching_env", lambda *a, **k: gymnasium.wrappers.TimeLimit(make(*a, **k), 20))
 
 
-def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, watch_once, short_games_here):
+def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, watch_once, short_games_here, capsys):
     assert watch_once() == []
     run = Resumable(tmp_path, filters=1)
     run.save(30)
@@ -55,6 +55,7 @@ def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, 
     assert float(row["average_score"]) <= float(row["maximum_score"])
     assert (tmp_path / "evaluation/30/results.json").exists()
     assert watch_once() == [row]
+    assert "has no save that has not been played" in capsys.readouterr().out
     run.save(40)
     assert watch_once("--every=101") == [row]
     rows = watch_once("--every=100")

@@ -111,7 +111,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
     about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 250_010}
-    flags = {"policy": "greedy", "epsilon": 0.05, "frameskip": 6}
+    flags = {"policy": "greedy", "epsilon": 0.05, "frameskip": 6, "games_wanted": 3}
     figures = {"games": 3, "mean": 5, "standard_deviation": 3.56, "median": 3, "maximum": 10, "minimum": 2}
     lists = {"scores": [3, 10, 2], "lives_lost_at": [[1, 3], [], [2]], "seeds": [40, 41, 42]}
     assert found == {**about, **flags, **figures, **lists}
@@ -191,7 +191,7 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
 
 
 @pytest.mark.row(n=26)
-def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, monkeypatch):
+def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, monkeypatch, capsys):
     game, choose = ScriptedGame(), watching.choose_action
 
     def choose_action(*words):
@@ -203,6 +203,7 @@ def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, mon
     monkeypatch.setattr(watching, "make_watching_env", lambda *_, **__: game)
     monkeypatch.setattr(watching, "ROWS", 1)
     assert main("--iter=9", "--film=0") == 128 + 15
+    assert "stopped before all 9 games" in capsys.readouterr().out
     assert results(tmp_path)["scores"] == [sum(game.rewards)]
     assert len(game.actions) == 9
 
