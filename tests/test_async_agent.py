@@ -139,9 +139,11 @@ def test_history_is_emptied_where_a_game_ended(make_config):
     np.testing.assert_array_equal(found[1], np.stack(env.frames[:, 1], axis=-1))
 
 
-def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config):
+@pytest.mark.parametrize("gae_lambda, value_weight", [(1.0, 1.0), (0.8, 0.5)])
+def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config, gae_lambda, value_weight):
     """The whole rollout again by loops: histories, actions, returns cut at ends, one batch through a fresh network."""
-    config = make_config(grad_clip=None, discount_factor=0.9, entropy_beta=0.05)
+    weights = {"gae_lambda": gae_lambda, "value_weight": value_weight}
+    config = make_config(grad_clip=None, discount_factor=0.9, entropy_beta=0.05, **weights)
     rewards = np.array([[1, 0], [0, -3], [0.5, 0], [0, 1], [1, 0.25]])
     ends = np.array([[0, 0], [0, 1], [0, 0], [0, 0], [1, 0]], bool)
     env = ScriptedEnv(rewards, ends)
@@ -158,9 +160,11 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config)
             queue.append(env.frames[step, game])
         states.append([np.stack(queue, axis=-1).view(np.uint32)[..., 0] for queue in queues])
     fresh = ActorCritic(NUM_ACTIONS, config.random_seed)
-    following = fresh(tf.constant(np.stack(states[5])))[1].numpy()
+    values = [fresh(tf.constant(np.stack(state)))[1].numpy() for state in states]
+    following = values[5]
     returns = np.zeros([5, 2], np.float32)
     for step in reversed(range(5)):
+        following = gae_lambda * following + (1 - gae_lambda) * values[step + 1]
         following = np.clip(rewards[step], -1, 1) + 0.9 * np.where(ends[step], 0, following)
         returns[step] = following
 
@@ -171,7 +175,7 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config)
         chosen = tf.gather(log_probs, np.concatenate(env.actions), axis=1, batch_dims=1)
         policy_loss = -tf.reduce_mean(chosen * advantages.numpy())
         entropy = -tf.reduce_mean(tf.reduce_sum(tf.exp(log_probs) * log_probs, axis=1))
-        loss = policy_loss + tf.reduce_mean(advantages**2) - 0.05 * entropy
+        loss = policy_loss + value_weight * tf.reduce_mean(advantages**2) - 0.05 * entropy
     expected = tape.gradient(loss, fresh.trainable_variables)
     ((found, _),) = updates
     for one, other in zip(found, expected, strict=True):
@@ -191,11 +195,41 @@ def test_copy_takes_the_background_off_as_the_shared_network_does(make_config):
 
 
 def test_gradients_are_clipped_before_the_update(make_config):
-    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(grad_clip=1e-9))
-    updates = record_updates(agent)
-    agent.iterate()
-    average_norms = [np.linalg.norm(gradient) / gradient.size for gradient in updates[0][0]]
+    gradients = gradients_of_an_update(make_config(grad_clip=1e-9), np.ones([5, 2]))
+    average_norms = [np.linalg.norm(gradient) / gradient.size for gradient in gradients]
     np.testing.assert_allclose(average_norms, 1e-9, rtol=1e-3)
+    gradients = gradients_of_an_update(make_config(grad_clip=None, global_clip=1e-6), np.ones([5, 2]))
+    assert np.sqrt(sum(np.sum(gradient**2) for gradient in gradients)) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_actions_of_every_step_of_every_group_are_drawn_with_a_seed_of_their_own(make_config, monkeypatch):
+    seeds = []
+
+    def draw_action(logits, seed):
+        def note(seed):
+            seeds.append(tuple(seed))
+            return NOOP.astype(np.int32)
+
+        return tf.ensure_shape(tf.numpy_function(note, [seed], tf.int32), [2])
+
+    monkeypatch.setattr(async_agent, "draw_action", draw_action)
+    for index in range(2):
+        agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(num_threads=2), index=index)
+        for _ in range(2):
+            agent.iterate()
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 5
+
+
+def test_copies_in_bfloat16_train_the_shared_network_in_float32(make_config):
+    shared = SharedNetwork(NUM_ACTIONS, 0.99, copies_dtype="bfloat16")
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(), shared=shared)
+    before = all_weights(shared)
+    agent.iterate()
+    for mine, theirs, old in zip(agent.network.trainable_variables, shared.trainable_variables, before, strict=False):
+        assert np.any(theirs != old)
+        assert theirs.dtype == tf.float32
+        assert mine.dtype == tf.bfloat16
+        np.testing.assert_array_equal(mine, tf.cast(theirs, tf.bfloat16))
 
 
 @pytest.mark.parametrize("anneal_entropy", [True, False])

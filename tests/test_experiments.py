@@ -50,6 +50,7 @@ def test_every_configuration_is_run_with_every_seed_once_and_failures_have_rows_
     failed = (TINY, "", "failed with exit status 2")
     expected = {("tiny one", "1"): tiny, ("tiny one", "2"): failed, ("wrong", "1"): wrong, ("wrong", "2"): wrong}
     assert search("1", "2") == expected
+    assert all("--annealing_steps=160000000" in words for words in ran)  # as in a run of the defaults
     assert {word for words in ran for word in words if "--log_dir" in word} == {
         f"--log_dir={tmp_path}/runs/{name}" for name in ("tiny-one-2", "wrong-1", "wrong-2")
     }
@@ -130,7 +131,8 @@ def test_game_that_has_a_row_is_not_trained_again_unless_more_is_asked_for(tmp_p
     began = []
     monkeypatch.setattr(games, "on_all_cores", lambda trials, *_: began.extend(trials))
     games.main()
-    assert bool(began) == again
+    protocol = "--preset=fast --frameskip=4 --max_pool=True --noop_max=30"
+    assert began == [Trial("Pong", f"{protocol} --game=PongNoFrameskip-v4", 1)] * again
 
 
 @pytest.mark.parametrize("status, ended", [(0, "done"), (3, "a3c-test.py failed with exit status 3"), (None, None)])

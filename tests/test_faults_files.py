@@ -260,13 +260,14 @@ ASKED = {"max_pool": True, "noop_max": 30, "fire_reset": True}
 @pytest.mark.row(n=37)
 def test_watching_does_with_frames_and_starts_as_the_run_did(watch, tmp_path, monkeypatch):
     shutil.copytree(SHIPPED, tmp_path / "run")
-    (tmp_path / "run/config.json").write_text(json.dumps({**config_of(SHIPPED), **ASKED}))
+    asked = {**ASKED, "frameskip": 5}
+    (tmp_path / "run/config.json").write_text(json.dumps({**config_of(SHIPPED), **asked}))
     games, play_game = [], watching.play_game
     monkeypatch.setattr(watching, "play_game", lambda env, *others: (games.append(env), play_game(env, *others))[1])
     assert watch(f"--model={tmp_path}/run", "--out=out") == 0
     assert isinstance(games[0], environment.FrameByFrame)
-    assert ASKED.items() <= games[0].game._asdict().items()
-    assert ASKED.items() <= json.loads((tmp_path / "out/results.json").read_text()).items()
+    assert asked.items() <= games[0].game._asdict().items()
+    assert asked.items() <= json.loads((tmp_path / "out/results.json").read_text()).items()
     assert watch("--out=out") == 0
     assert not isinstance(games[1], environment.FrameByFrame)
 

@@ -6,6 +6,7 @@ Rows 1 to 5, 25, 26, 29 to 31, 34 and 35 of `docs/reliability.md`.
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import sys
 import termios
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -150,7 +152,9 @@ def check_curves(folder):
 def test_killed_at_random_moments_it_resumes_the_newest_save_and_the_curves_of_its_csv(tmp_path, kills, seconds):
     """The run saves by the clock, about every second. The last kill comes after a save, others at any moment."""
     assert a3c.Config().save_minutes == 10
-    folder, rng, reached, games = tmp_path / "run", np.random.default_rng(), 0, 0
+    folder, seed, reached, games = tmp_path / "run", np.random.SeedSequence().entropy, 0, 0
+    rng = np.random.default_rng(seed)
+    print(f"seed {seed}")
     for kill in range(1, kills + 1):
         with Running(folder, ENDLESS, RARELY, "--save_minutes=0.02") as running:
             running.wait_for(lambda: "Training on" in running.printed.read_text())
@@ -188,26 +192,38 @@ def test_killed_at_random_moments_it_resumes_the_newest_save_and_the_curves_of_i
     assert names == expected | {"config.json", "progress.csv", "per-eps", ".lock"}  # nothing half-written is left
 
 
+UPDATES_OF_20_STEPS = {"agents_per_thread": 4, "annealing_steps": 1000}
+
+
+def losses_of(iteration):
+    return Losses(*np.random.default_rng(iteration).normal(size=4))
+
+
 def report_on(folder, progress, end, games=0):
     """Report updates up to `end`, each of 20 agent steps; `games` end in the first of them."""
-    reporter = report.Report(a3c.Config(log_dir=str(folder), summary_period=2), progress)
+    config = a3c.Config(log_dir=str(folder), summary_period=2, **UPDATES_OF_20_STEPS)
+    reporter = report.Report(config, progress)
     progress.episodes += games
     progress.scores[0, :games] = progress.iteration
     while progress.iteration < end:
         progress.iteration, progress.agent_steps = progress.iteration + 1, progress.agent_steps + 20
-        reporter.count_update(Losses(*np.random.default_rng(progress.iteration).normal(size=4)))
+        reporter.count_update(losses_of(progress.iteration))
     reporter.close()
     assert not reporter.background.failure
 
 
-def test_row_of_the_first_update_alone_has_no_speed(tmp_path):
-    progress = Progress(1, 4)
+def test_row_has_the_means_of_its_updates_and_the_first_update_alone_no_speed(tmp_path, monkeypatch):
+    progress, now = Progress(1, 4), itertools.count(1000, 4)  # an update takes 4 s
     progress.iteration, progress.agent_steps = 5, 100
-    report_on(tmp_path, progress, 8)
-    first, second = (row["steps_per_second"] for row in rows(tmp_path))
-    assert first == "nan"
-    assert float(second) > 0
-    assert [point.step for point in tensorboard(tmp_path)["steps_per_second"]] == [8]
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(now), time=time.time))
+    report_on(tmp_path, progress, 10)
+    table = rows(tmp_path)
+    assert [row["steps_per_second"] for row in table] == ["nan", "5", "5"]
+    assert [point.step for point in tensorboard(tmp_path)["steps_per_second"]] == [8, 10]
+    losses = np.mean([losses_of(iteration) for iteration in (9, 10)], axis=0)
+    np.testing.assert_allclose([float(table[-1][name]) for name in Losses._fields], losses)
+    rate = a3c.Config(**UPDATES_OF_20_STEPS).learning_rate_at(180)
+    assert float(table[-1]["learning_rate"]) == pytest.approx(rate) != a3c.Config.learning_rate
 
 
 @pytest.mark.row(n=29)
@@ -338,6 +354,8 @@ def test_help_and_errors_do_not_hang_on_a_reader_that_sleeps(tmp_path):
     breaks()
     words = command(tmp_path, "--game=Brekout-v0")
     assert ended(words, capture_output=False, stdout=place, stderr=place)[0] == 1
+    words = command(tmp_path, "--help")
+    assert ended(words, capture_output=False, stdout=place, stderr=place)[0] == 0
 
 
 @pytest.mark.row(n=25)

@@ -25,6 +25,14 @@ def test_run_without_a_finished_game_or_with_negative_scores_is_drawn(tmp_path, 
         assert low < -20.5 < -19 < high
 
 
+def test_each_loss_has_a_panel(tmp_path, draw, figures):
+    (tmp_path / "progress.csv").write_text(f"{HEADER}\n5,1000,1,1.5,3,5,0.1,0.2,0.3,0.4,0.5,20\n")
+    draw(tmp_path)
+    shown = {axes.get_title(): curve(figures[1], panel, 0).tolist() for panel, axes in enumerate(figures[1].axes)}
+    values = {"policy_loss": 0.1, "value_loss": 0.2, "entropy": 0.3, "gradient_norm": 0.4, "learning_rate": 0.5}
+    assert shown == {name: [[0.001, value]] for name, value in {**values, "steps_per_second": 20}.items()}
+
+
 def test_references_are_drawn_as_far_as_the_run_by_steps_and_whole_by_the_hours_that_they_know(tmp_path, draw, figures):
     (tmp_path / "progress.csv").write_text(f"{HEADER}\n5,1000,1,1.5,3,5,0,0,1,1,0.1,20\n")
     points = "run,agent_steps,average_score,seconds\na,500,7,nan\na,900,8,nan\na,9000,9000,nan\nb,9000,30,3600\n"

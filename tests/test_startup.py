@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT
@@ -31,6 +32,27 @@ def test_ctrl_c_while_tensorflow_is_imported_ends_the_program_without_a_tracebac
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_groups_that_wait_for_their_games_leave_threads_to_those_that_compute():
+    """A group's graph occupies an inter-op thread while it waits."""
+    code = (
+        "import startup; from startup import tf; threads = tf.config.threading; startup.available_cores = lambda: 9\n"
+    )
+    code += "startup.choose_device('cpu', 4)\n"
+    code += "print(threads.get_inter_op_parallelism_threads(), threads.get_intra_op_parallelism_threads())"
+    assert run_python(code).split() == ["13", "2"]
+
+
+def test_writer_drops_what_a_sleeping_output_has_no_room_for():
+    taken, awake = [], threading.Event()
+    writer = startup.BackgroundWriter(take=lambda item: awake.wait(60) and taken.append(item))
+    for number in range(20_000):
+        writer.write(number)
+    awake.set()
+    writer.close(60)
+    assert 10_000 <= len(taken) <= 10_001
+    assert taken[:10_000] == list(range(10_000))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ import a3c
 import checkpoint
 import groups
 import report
+from environment import find_game
+from network import ActorCritic
 from startup import tf
 
 
@@ -30,6 +33,50 @@ def test_run_ends_at_max_iteration_says_where_it_saved_and_prints_no_warnings_of
     assert process.stdout.startswith("Breakout-v0: 4 actions, frame-skip 3")
     assert process.stdout.splitlines()[-1] == f"saved {folder}/last.ckpt"
     assert process.stderr == ""
+
+
+def test_network_is_made_as_the_config_says():
+    game = find_game("Pong-v0")
+    asked = {"decay": 0.5, "random_seed": 7, "rmsprop_epsilon": 1e-3, "filters": 2}
+    shared = a3c.make_network(a3c.Config(subtract_background=True, compute_dtype="bfloat16", **asked), game, "/CPU:0")
+    assert game.background > 50
+    assert float(shared.biases["input"]) == -game.background
+    assert (shared.decay, shared.epsilon, shared.copies_dtype) == (0.5, 1e-3, "bfloat16")
+    assert shared.make_copy().compute_dtype == tf.bfloat16
+    plain = a3c.make_network(a3c.Config(compute_dtype="float32", **asked), game, "/CPU:0")
+    assert "input" not in plain.biases
+    assert plain.make_copy().compute_dtype == tf.float32
+    expected = ActorCritic(game.num_actions, seed=7, filters=2)
+    for mine, theirs in zip(plain.trainable_variables, expected.trainable_variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+class Clock:
+    """Stands for a module's `time`, which goes on only in `wait_for_stop` and by hand."""
+
+    def __init__(self):
+        self.now, self.waits = 1000.0, 0.2
+
+    def monotonic(self):
+        return self.now
+
+    def wait_for_stop(self, _):
+        self.now += self.waits
+
+
+def test_groups_of_a_process_that_was_stopped_for_long_are_not_taken_for_stalled(monkeypatch, make_config):
+    clock = Clock()
+    monkeypatch.setattr(groups, "time", clock)
+    watched = groups.Groups(make_config(stall_timeout=60), None, None, None, mock.Mock(), [])
+    watched.coordinator, agent = clock, mock.Mock(index=3, alive_at=clock.now)
+    watched.agents = [agent]
+    clock.waits = 1e6  # as by Ctrl-Z
+    watched._watch()
+    clock.waits = 4.0
+    with pytest.raises(TimeoutError, match="group 3 has not taken a step for 60 s"):
+        for _ in range(20):
+            watched._watch()
+    assert 1e6 + 1060 < clock.now < 1e6 + 1070
 
 
 @pytest.mark.parametrize("cores, num_threads, share", [(16, 4, 4), (5, 2, 2), (2, 4, 1)])

@@ -189,6 +189,10 @@ def test_games_repeat_with_their_seed_and_the_video_shows_the_first(main, tmp_pa
     assert results(tmp_path)["scores"] == first["scores"][1:]
     assert not path.exists()
 
+    assert main("--iter=1", "--seed=6", "--epsilon=1", "--explain") == 0
+    with av.open(str(path)) as video:
+        assert video.streams.video[0].width == film.WIDTH
+
 
 @pytest.mark.row(n=26)
 def test_signal_ends_the_game_in_play_and_keeps_those_before(main, tmp_path, monkeypatch, capsys):
