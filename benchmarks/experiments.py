@@ -10,6 +10,7 @@ minutes from `python -m benchmarks.bench` with the same flags.
 
 import argparse
 import csv
+import math
 import os
 import queue
 import shlex
@@ -62,11 +63,11 @@ def summary(rows: list[dict], steps: int = 0) -> dict:
         return cells
     before, last = [0, *(int(row["agent_steps"]) for row in rows)][-2:]
     reached = steps if last < steps < 2 * last - before else last
-    speeds = [speed for row in rows if (speed := float(row["steps_per_second"])) > 0]  # not nan
+    speeds = [speed for row in rows if not math.isnan(speed := float(row["steps_per_second"]))]
     cells |= {"agent_steps": reached, "minutes": f"{reached / statistics.median(speeds) / 60:.1f}" if speeds else ""}
     for name, mark in MARKS.items():
         scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
-        scores = [score for score in scores if score == score]  # nan: no game has ended
+        scores = [score for score in scores if not math.isnan(score)]  # nan: no game has ended
         if scores and reached >= mark:
             cells[name] = f"{sum(scores) / len(scores):.1f}"
     return cells

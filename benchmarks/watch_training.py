@@ -93,7 +93,9 @@ def main() -> None:
             )
             next_at = row["agent_steps"] + args.every
         if args.once:
-            return None if row else print(f"{args.folder} has no save that has not been played")
+            if not row:
+                print(f"{args.folder} has no save that has not been played")
+            return
         time.sleep(5)
 
 
