@@ -18,7 +18,7 @@ from environment import Game, make_training_envs
 from network import Losses, SharedNetwork
 from progress import Progress
 from report import Report
-from startup import UserError, as_user_error, available_cores, tf
+from startup import UserError, as_user_error, cores_of_a_group, tf
 
 if TYPE_CHECKING:
     from a3c import Config
@@ -60,7 +60,7 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
 def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
     """Yield the class of a group and what makes its games: in this process, or on hosts where `ray_address` is set."""
     if config.ray_address is None:
-        threads = max(1, available_cores() // config.num_threads)
+        threads = cores_of_a_group(config.num_threads)
         yield GroupAgent, lambda: make_training_envs(game, config.agents_per_thread, threads)
         return
     try:

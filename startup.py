@@ -101,6 +101,11 @@ def available_cores() -> int:
     return cores
 
 
+def cores_of_a_group(num_groups: int) -> int:
+    """Return the share of the cores that each of so many groups gets, at least one."""
+    return max(1, available_cores() // num_groups)
+
+
 def choose_device(device: str, num_groups: int = 1) -> str:
     """Turn `auto`, `cpu`, `gpu` or `gpu:N` into a TensorFlow device; set TensorFlow up for it and for the groups.
 
@@ -122,7 +127,7 @@ def choose_device(device: str, num_groups: int = 1) -> str:
             tf.config.experimental.set_memory_growth(gpu, True)
         # The groups compute at once: one operation takes no more than its group's share of the cores. And a group
         # that waits for its games inside the graph occupies a thread, beside those that compute.
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, available_cores() // num_groups))
+        tf.config.threading.set_intra_op_parallelism_threads(cores_of_a_group(num_groups))
         tf.config.threading.set_inter_op_parallelism_threads(available_cores() + num_groups)
     except RuntimeError:
         print("TensorFlow was already at work in this process: its threads and GPUs stay as they were set up")

@@ -53,6 +53,11 @@ def read_list(path: str) -> dict[str, str]:
     return found
 
 
+def known(rows: list[dict], column: str) -> list[float]:
+    """Return a column's numbers; nan stands where no game has ended, or for the speed of one update."""
+    return [number for row in rows if not math.isnan(number := float(row[column]))]
+
+
 def summary(rows: list[dict], steps: int = 0) -> dict:
     """Return the cells that a run's `progress.csv` gives. Minutes are at its median speed: it may have been paused.
 
@@ -63,11 +68,10 @@ def summary(rows: list[dict], steps: int = 0) -> dict:
         return cells
     before, last = [0, *(int(row["agent_steps"]) for row in rows)][-2:]
     reached = steps if last < steps < 2 * last - before else last
-    speeds = [speed for row in rows if not math.isnan(speed := float(row["steps_per_second"]))]
+    speeds = known(rows, "steps_per_second")
     cells |= {"agent_steps": reached, "minutes": f"{reached / statistics.median(speeds) / 60:.1f}" if speeds else ""}
     for name, mark in MARKS.items():
-        scores = [float(r["average_score"]) for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark]
-        scores = [score for score in scores if not math.isnan(score)]  # nan: no game has ended
+        scores = known([r for r in rows if mark - WINDOW < int(r["agent_steps"]) <= mark], "average_score")
         if scores and reached >= mark:
             cells[name] = f"{sum(scores) / len(scores):.1f}"
     return cells

@@ -208,7 +208,7 @@ def test_actions_of_every_step_of_every_group_are_drawn_with_a_seed_of_their_own
     def draw_action(logits, seed):
         def note(seed):
             seeds.append(tuple(seed))
-            return NOOP.astype(np.int32)
+            return NOOP
 
         return tf.ensure_shape(tf.numpy_function(note, [seed], tf.int32), [2])
 

@@ -22,6 +22,7 @@ import a3c
 import checkpoint
 import groups
 import report
+import startup
 from environment import find_game
 from network import ActorCritic
 from startup import tf
@@ -81,7 +82,7 @@ def test_groups_of_a_process_that_was_stopped_for_long_are_not_taken_for_stalled
 
 @pytest.mark.parametrize("cores, num_threads, share", [(16, 4, 4), (5, 2, 2), (2, 4, 1)])
 def test_games_of_a_group_get_its_share_of_the_cores(monkeypatch, cores, num_threads, share):
-    monkeypatch.setattr(groups, "available_cores", lambda: cores)
+    monkeypatch.setattr(startup, "available_cores", lambda: cores)
     monkeypatch.setattr(groups, "make_training_envs", lambda game, num_envs, num_threads: (num_envs, num_threads))
     with groups.games_of(a3c.Config(num_threads=num_threads), None) as (_, make_envs):
         assert make_envs() == (64, share)
