@@ -102,16 +102,18 @@ def play_game(env: gymnasium.Env, seed: int, policy: str, epsilon: float, film: 
     return score, lives_lost_at
 
 
-def decide(network: Callable, history, observations, is_first):
-    """Return the new history, logits [B, A] and values [B] of B games that show `observations` [B, H, W] uint8."""
-    history = push_frame(history, preprocess(observations), is_first)
-    games = history.shape[0]
-    logits, values = network(tf.pad(history, [[0, ROWS - games], [0, 0], [0, 0]]))
-    return history, logits[:games], values[:games]
+def decide(network: Callable, history, state, observations, is_first):
+    """Return the new history and state, logits [B, A] and values [B] of B games with `observations` [B, H, W] uint8."""
+    history, state = push_frame(history, preprocess(observations), is_first), tf.where(is_first[:, None], 0.0, state)
+    games, others = history.shape[0], [0, ROWS - history.shape[0]]
+    logits, values, state = network(tf.pad(history, [others, [0, 0], [0, 0]]), tf.pad(state, [others, [0, 0]]))
+    return history, state[:games], logits[:games], values[:games]
 
 
-def play_games(envs: Sequence, network: Callable, flags: Flags, film: Callable | None = None, signals: Sequence = ()):
-    """Play all games, side by side in `envs`, until a signal is in `signals`.
+def play_games(
+    envs: Sequence, network: Callable, state: tf.Tensor, flags: Flags, film: Callable | None = None, signals=()
+):
+    """Play all games, side by side in `envs`, until a signal is in `signals`. `state` [B, 2U] is that of an LSTM.
 
     Yields (score, lives lost at, seed) of each game as it ends. The first environment plays those for the film.
     """
@@ -142,7 +144,7 @@ def play_games(envs: Sequence, network: Callable, flags: Flags, film: Callable |
             while ended:
                 yield ended.popleft()
             if games:
-                history, *heads = network(history, observations, is_first)
+                history, state, *heads = network(history, state, observations, is_first)
                 outputs = list(zip(*(head.numpy() for head in heads), history.numpy(), strict=True))
 
 
@@ -169,7 +171,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     device = startup.choose_device(flags.device)
     with tf.device(device), contextlib.ExitStack() as stack:
         network, iteration = checkpoint.load_network(model, game.num_actions)
-        network = tf.function(functools.partial(decide, network), autograph=False)
+        graph = tf.function(functools.partial(decide, network), autograph=False)
         print(f"{game.id}, {model} after {iteration:,} updates, {flags.policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
@@ -195,7 +197,9 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
             explained = {**dataclasses.asdict(a3c.Config()), **config} if flags.explain else None
             film = stack.enter_context(open_film(film_path, envs[0], game, explained))
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
-        for score, lives_lost_at, seed in play_games(envs, network, flags, film, signals):
+        for score, lives_lost_at, seed in play_games(
+            envs, graph, network.initial_state(len(envs)), flags, film, signals
+        ):
             games.append((score, lives_lost_at, seed))
             summary = write_results(results_path, about, games)
             bar.write(f"game {seed - flags.seed + 1}: {score:g}")

@@ -64,15 +64,19 @@ class Config:
     learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
     annealing_steps: Steps | None = None  # agent steps over which the rate falls; None is half of the run
     anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # adam needs another learning_rate, such as 4e-4
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
+    adam_epsilon: Positive = 1e-5  # added to Adam's root of the mean square
     grad_clip: Positive | None = 0.1  # limit of each gradient tensor's L2 norm / number of elements; None: no limit
     global_clip: Positive | None = None  # limit of the L2 norm of all gradients together; None: no limit
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
+    input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: 0..1, with He's initial weights
     filters: Count = 32  # filters of the first convolution; the second has twice as many
+    lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; it needs input_scale = unit; 0: none
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 
     save_steps: Steps = 6_400_000  # agent steps between checkpoints; the newest three are kept
@@ -84,6 +88,8 @@ class Config:
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
         settings.check_settings(self)
         settings.check_path("log_dir", self.log_dir)
+        if self.lstm and self.input_scale != "unit":
+            raise UserError(f"lstm = {self.lstm}: needs input_scale = 'unit'; raw pixels saturate an LSTM")
 
     @property
     def folder(self) -> str:
@@ -186,7 +192,7 @@ def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) ->
         elif config.initial_model:
             initial = checkpoint.resolve(config.initial_model)
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
-        _note_config(config, progress, resumed is not None, given)
+        settings.note_config(config, progress, resumed is not None, given)
         if config.is_finished(progress):
             print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; lift limits")
             return 0
@@ -203,30 +209,18 @@ def game_and_device(config: Config) -> tuple[Game, str]:
 
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     """Return the network to train, with its initial weights."""
-    background = game.background if config.subtract_background else 0
-    dtype = choose_dtype(config.compute_dtype, device)
     return SharedNetwork(
-        game.num_actions, config.decay, config.random_seed, config.rmsprop_epsilon, config.filters, background, dtype
+        game.num_actions,
+        config.decay,
+        config.random_seed,
+        config.adam_epsilon if config.optimizer == "adam" else config.rmsprop_epsilon,
+        choose_dtype(config.compute_dtype, device),
+        config.optimizer,
+        filters=config.filters,
+        background=game.background if config.subtract_background else 0,
+        lstm=config.lstm,
+        input_scale=config.input_scale,
     )
-
-
-def _note_config(config: Config, progress: Progress, resuming: bool, given: Set[str]) -> None:
-    """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
-    path = os.path.join(config.log_dir, settings.CONFIG)
-    new, history = {**dataclasses.asdict(config), "versions": settings.versions()}, []
-    differ = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
-    shown = ", ".join(f"{name} = {new[name]}" for name in differ)
-    print(f"settings that differ from the defaults: {shown or 'none'}")
-    if resuming and os.path.exists(path):
-        old = settings.read_config(path)
-        if old["game"] != config.game:
-            raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
-        history = old.get("history", [])
-        if was := {k: old[k] for k in new if old.get(k, new[k]) != new[k] and k != "log_dir"}:
-            history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
-        for name in was:
-            print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    settings.write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ class GroupAgent:
         self.on_update = on_update
         self.network = shared.make_copy()
         self.envs = None
-        self.history = empty_history(config.agents_per_thread)  # the state that the next actions are for
+        self.history = empty_history(config.agents_per_thread)  # what the next actions are for
+        self.state = self.network.initial_state(config.agents_per_thread)  # of the LSTM, at that time
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; updated where a lost life ends the return
         # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
@@ -62,9 +63,10 @@ class GroupAgent:
         self.alive_at = math.inf  # time of the last step; infinity until the group's turn to build
         self.failure = None  # what the games raised
         # Made into graphs now, in the main thread, and never again: two threads that do so at once disturb each other.
-        history, seed, scalar = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
+        history, state = tf.TensorSpec.from_tensor(self.history), tf.TensorSpec.from_tensor(self.state)
+        seed, scalar = tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
-        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, seed, scalar)
+        self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, state, seed, scalar)
         self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar)
 
     def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
@@ -100,6 +102,7 @@ class GroupAgent:
         """Start all games, and take the shared weights."""
         frame, _ = self.envs.reset(seed=self.seeds[1:])
         self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
+        self.state = tf.zeros_like(self.state)
         with self.progress.lock:  # where a lost host made this group begin again, others have learnt meanwhile
             self.network.copy_from(self.shared)
 
@@ -112,7 +115,7 @@ class GroupAgent:
         seed = np.array([self.seeds[0], self.steps], np.int32)
         entropy_beta = np.float32(config.entropy_beta_at(progress.agent_steps))
         try:
-            self.history, gradients, losses = self.rollout(self.history, seed, entropy_beta)
+            self.history, self.state, gradients, losses = self.rollout(self.history, self.state, seed, entropy_beta)
         except tf.errors.OpError:
             if self.failure:
                 raise self.failure from None  # the original, not TensorFlow's wrapper
@@ -127,8 +130,8 @@ class GroupAgent:
                 progress.agent_steps += config.steps_per_update
                 self.on_update(losses)
 
-    def _rollout(self, history, seed, entropy_beta):
-        """Play T steps in each game; return the new history, and the gradients and the losses of these steps.
+    def _rollout(self, history, state, seed, entropy_beta):
+        """Play T steps in each game; return the new history and state, the gradients and the losses of these steps.
 
         All of it is one graph: Python is called only to step the games. TensorFlow reads this code once, at the start,
         and what Python values are then, fields of the config too, they remain. What changes while training must be an
@@ -140,10 +143,10 @@ class GroupAgent:
         # Act. The copy does not change during the rollout, so these very passes are differentiated below.
         with tf.GradientTape() as tape:
             for step in range(config.unroll_step):
-                logit, value = network(history)
+                logit, value, state = network(history, state)
                 action = draw_action(logit, tf.add(seed, [0, step]))
                 frame, reward, done, return_ends = self._step_in_graph(action)
-                history = push_frame(history, frame, done)
+                history, state = push_frame(history, frame, done), tf.where(done[:, None], 0.0, state)
                 if config.reward_clip is not None:
                     reward = tf.clip_by_value(reward, -config.reward_clip, config.reward_clip)
                 logits.append(logit)
@@ -154,14 +157,14 @@ class GroupAgent:
 
             # Returns and loss.
             with tape.stop_recording():
-                _, bootstrap = network(history)
+                _, bootstrap, _ = network(history, state)
                 returns = n_step_returns(rewards, ends, values, bootstrap, config.discount_factor, config.gae_lambda)
             loss, terms = a3c_loss(logits, values, actions, returns, entropy_beta, config.value_weight)
 
         # Gradients, clipped.
         gradients = tape.gradient(loss, network.trainable_variables)
         gradients, gradient_norm = clip_gradients(gradients, config.grad_clip, config.global_clip)
-        return history, gradients, tf.stack([*terms, gradient_norm])
+        return history, state, gradients, tf.stack([*terms, gradient_norm])
 
     def _update(self, gradients, learning_rate):
         """Update the shared network, then take its weights."""

@@ -31,7 +31,7 @@ class Saver:
     def __init__(self, folder: str, shared: SharedNetwork, progress: Progress, check: Callable = lambda: None):
         self.folder, self.shared, self.progress, self.check = folder, shared, progress, check
         self.unfinished = os.path.join(folder, ".unfinished")
-        state = {"weights": shared.weights, "biases": shared.biases, "mean_squares": shared.mean_squares}
+        state = {"weights": shared.weights, "biases": shared.biases, **shared.slots}
         self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
 
     def save(self) -> str:
@@ -82,6 +82,9 @@ class Saver:
                 damaged.append(path)
             else:
                 check_fits(tensors, self.shared, path)
+                if (was := "adam" if "updates" in tensors else "rmsprop") != self.shared.optimizer:
+                    change = "Keep that, or give its weights to a new run by --initial_model"
+                    raise UserError(f"optimizer = {self.shared.optimizer!r}: {path} was trained with {was!r}. {change}")
                 self.checkpoint.read(path).assert_consumed()
                 for old in damaged:
                     _set_aside(old)
@@ -137,17 +140,23 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, 
         was, now = there.get(name), here.get(name)
         if was == now or name in but:
             continue
-        if name == "weights/policy" and was and now:
+        if name == "weights/policy" and was and now and was[-1] != now[-1]:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
-        why = "Train with the --preset, or --filters and --subtract_background, that it was trained with"
+        settings = "--filters, --lstm, --input_scale and --subtract_background"
+        why = f"Train with the --preset, or {settings}, that it was trained with"
         raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 
 def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
     """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
     tensors, _ = read(path, or_original=True)
-    filters = tensors.get("weights/conv1", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
-    network = ActorCritic(num_actions, filters=filters, background=-int(tensors.get("biases/input", 0)))
+    layers = {
+        "filters": tensors.get("weights/conv1", np.zeros(1)).shape[-1],  # a network without conv1 does not fit
+        "background": -int(tensors.get("biases/input", 0)),
+        "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
+        "input_scale": "unit" if "weights/input" in tensors else "raw",
+    }
+    network = ActorCritic(num_actions, **layers)
     return network, load_weights(path, network)
 
 

@@ -1,11 +1,12 @@
-"""The actor-critic network, the n-step returns, the loss, the clip and the shared RMSProp update.
+"""The actor-critic network, the n-step returns, the loss, the clip and the shared update.
 
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4 and supplement 3;
 `network.py` of hiwonjoon/tf-a3c-gpu for the layers, the initial weights and the average-norm clip.
 
-Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution.
+Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution, U units of the LSTM.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
+GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # of "unit": variance * inputs; 2 before a ReLU
 HIDDEN_UNITS = 256
+ADAM_BETAS = 0.9, 0.999
 
 
 def choose_dtype(compute_dtype: str, device: str) -> str:
@@ -28,11 +31,11 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
 
 
 class ActorCritic(tf.Module):
-    """Two convolutions and a hidden layer, followed by a policy head and a value head.
+    """Two convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
 
     Another layer needs a shape in `__init__` and a line in `__call__`. All variables are in `weights` and `biases`, by
-    layer: only these are saved. A new argument of `__init__` is also passed on by `SharedNetwork`, `a3c.make_network`
-    and `checkpoint.load_network`.
+    layer: only these are saved. A new argument of `__init__` is also passed on by `a3c.make_network` and
+    `checkpoint.load_network`.
 
     Args:
       num_actions: A.
@@ -41,35 +44,57 @@ class ActorCritic(tf.Module):
       filters: of the first convolution; the second has twice as many.
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
+      lstm: U, 0 for none.
+      input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" is 0..1, and weights that
+        suit it (He et al. 2015). An LSTM learns with "unit" only: what the others make of pixels saturates its gates.
     """
 
     def __init__(
-        self, num_actions: int, seed: int = 0, compute_dtype: str = "float32", filters: int = 32, background: int = 0
+        self,
+        num_actions: int,
+        seed: int = 0,
+        compute_dtype: str = "float32",
+        filters: int = 32,
+        background: int = 0,
+        lstm: int = 0,
+        input_scale: str = "raw",
     ):
         super().__init__()
-        self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
+        self.num_actions, self.compute_dtype, self.lstm = num_actions, tf.as_dtype(compute_dtype), lstm
         flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
             "conv1": [8, 8, 4, filters],
             "conv2": [4, 4, filters, 2 * filters],
             "hidden": [flat, HIDDEN_UNITS],
-            "policy": [HIDDEN_UNITS, num_actions],
-            "value": [HIDDEN_UNITS, 1],
+            "policy": [lstm or HIDDEN_UNITS, num_actions],
+            "value": [lstm or HIDDEN_UNITS, 1],
         }
+        if lstm:
+            shapes["lstm"] = [HIDDEN_UNITS + lstm, 4 * lstm]
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
             normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
-            initial = tf.cast(normal(shape, [seed, index], stddev=WEIGHT_STDDEV), self.compute_dtype)
+            stddev = (
+                math.sqrt(GAINS.get(layer, 2.0) / math.prod(shape[:-1])) if input_scale == "unit" else WEIGHT_STDDEV
+            )
+            initial = tf.cast(normal(shape, [seed, index], stddev=stddev), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
         if background:  # added to the pixels; a variable, so that checkpoints hold it
             self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
+        if input_scale == "unit":  # multiplies them after that
+            self.weights["input"] = tf.Variable(tf.cast(1 / 255, self.compute_dtype), trainable=False, name="scale")
 
-    def __call__(self, history: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return logits [B, A] and value [B] of `history` [B, 84, 84] uint32. Pixels are 0..255."""
-        x = tf.cast(history_to_frames(history), self.compute_dtype)
+    def initial_state(self, num_games: int) -> tf.Tensor:
+        """Return what the LSTM knows when a game begins: zeros [B, 2U] float32, its output and its cells."""
+        return tf.zeros([num_games, 2 * self.lstm])
+
+    def __call__(self, history: tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Return logits [B, A], value [B] and the next state, of `history` [B, 84, 84] uint32 and `state` [B, 2U]."""
+        x = tf.cast(history_to_frames(history), self.compute_dtype)  # 0..255
         w, b = self.weights, self.biases
         x = x + b["input"] if "input" in b else x
+        x = x * w["input"] if "input" in w else x
         # oneDNN computes the gradient of `bias_add` along with that of the convolution, in float32. In bfloat16 it is
         # summed one number at a time in bfloat16, and up to half of it was lost; that of `tf.add` is off by 0.3 %.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
@@ -77,14 +102,30 @@ class ActorCritic(tf.Module):
         x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
         x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, HIDDEN_UNITS]
+        if self.lstm:
+            state = lstm_step(x, state, w["lstm"], b["lstm"])
+            x = tf.cast(state[:, : self.lstm], self.compute_dtype)  # [B, U]
         logits = x @ w["policy"] + b["policy"]
         value = x @ w["value"] + b["value"]
-        return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32)
+        return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32), state
 
     def copy_from(self, other: "ActorCritic"):
         """Set all trainable weights to those of `other`."""
         for mine, theirs in zip(self.trainable_variables, other.trainable_variables, strict=True):
             mine.assign(tf.cast(theirs, mine.dtype))
+
+
+def lstm_step(x: tf.Tensor, state: tf.Tensor, weights: tf.Tensor, biases: tf.Tensor) -> tf.Tensor:
+    """Return the state [B, 2U] float32 of an LSTM, its output and its cells, after one more input x [B, N].
+
+    Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000, which begins nearly open. `weights` are
+    [N + U, 4U], of x and of the last output to the input gate, the forget gate, the new values and the output gate.
+    """
+    output, cells = tf.split(state, 2, axis=1)
+    gates = tf.concat([x, tf.cast(output, x.dtype)], axis=1) @ weights + biases
+    take, keep, new, show = tf.split(tf.cast(gates, tf.float32), 4, axis=1)
+    cells = tf.sigmoid(keep + 1) * cells + tf.sigmoid(take) * tf.tanh(new)
+    return tf.concat([tf.sigmoid(show) * tf.tanh(cells), cells], axis=1)
 
 
 class Losses(NamedTuple):
@@ -169,10 +210,17 @@ def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None, global_cl
 
 
 class SharedNetwork(ActorCritic):
-    """The network that all threads train, with the state of its RMSProp.
+    """The network that all threads train, with the state of its optimizer, RMSProp or Adam.
 
     RMSProp is TensorFlow 1's, as in the original: the mean square starts at one (not zero) and epsilon stands inside
-    the square root. Keras' starts at zero and its first step is about ten times larger.
+    the square root. Keras' starts at zero and its first step is about ten times larger. Adam (Kingma and Ba 2015) is
+    TensorFlow's, with its epsilon outside the root; it ignores `decay`.
+
+    Args:
+      decay: of RMSProp's mean square.
+      epsilon: of either.
+      copies_dtype: what the copies compute in.
+      layers: what `ActorCritic` is told of them.
     """
 
     def __init__(
@@ -181,38 +229,44 @@ class SharedNetwork(ActorCritic):
         decay: float,
         seed: int = 0,
         epsilon: float = 1e-10,
-        filters: int = 32,
-        background: int = 0,
         copies_dtype: str = "float32",
+        optimizer: str = "rmsprop",
+        **layers,
     ):
-        super().__init__(num_actions, seed, filters=filters, background=background)
-        self.decay, self.epsilon, self.copies_dtype = decay, epsilon, copies_dtype
-        self.filters, self.background = filters, background
+        super().__init__(num_actions, seed, **layers)
+        self.decay, self.epsilon, self.copies_dtype, self.layers = decay, epsilon, copies_dtype, layers
+        self.optimizer = optimizer
         variables = self.trainable_variables
         saved = {v.ref() for v in (*self.weights.values(), *self.biases.values())}
         if lost := [v.name for v in variables if v.ref() not in saved]:
             raise ValueError(f"put {', '.join(lost)} into `weights` or `biases`: nothing else is saved")
-        self.mean_squares = [tf.Variable(tf.ones_like(v), trainable=False) for v in variables]
-        self.no_momenta = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # required, never used
+        first = tf.ones_like if optimizer == "rmsprop" else tf.zeros_like
+        self.mean_squares = [tf.Variable(first(v), trainable=False) for v in variables]
+        self.means = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
+        self.updates = tf.Variable(0.0, trainable=False)  # of Adam
+
+    @property
+    def slots(self) -> dict:
+        """The optimizer's variables that a resumed run needs."""
+        slots = {"mean_squares": self.mean_squares}
+        return slots if self.optimizer == "rmsprop" else {**slots, "means": self.means, "updates": self.updates}
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""
-        copy = ActorCritic(self.num_actions, 0, self.copies_dtype, self.filters, self.background)
+        copy = ActorCritic(self.num_actions, 0, self.copies_dtype, **self.layers)
         copy.copy_from(self)
         return copy
 
     def apply_gradients(self, gradients, learning_rate):
-        """Take one RMSProp step. The caller lets one thread in at a time ("locked" in the original)."""
-        slots = zip(self.trainable_variables, self.mean_squares, self.no_momenta, gradients, strict=True)
-        for variable, mean_square, momentum, gradient in slots:
-            tf.raw_ops.ResourceApplyRMSProp(
-                var=variable.handle,
-                ms=mean_square.handle,
-                mom=momentum.handle,
-                lr=learning_rate,
-                rho=self.decay,
-                momentum=0.0,
-                epsilon=self.epsilon,
-                grad=gradient,
-                use_locking=True,
-            )
+        """Take one step of the optimizer. The caller lets one thread in at a time ("locked" in the original)."""
+        if self.optimizer == "adam":
+            (beta1, beta2), updates = ADAM_BETAS, self.updates.assign_add(1.0)
+            betas = {"beta1": beta1, "beta2": beta2, "beta1_power": beta1**updates, "beta2_power": beta2**updates}
+        all_slots = zip(self.trainable_variables, self.mean_squares, self.means, gradients, strict=True)
+        for variable, mean_square, mean, gradient in all_slots:
+            both = {"var": variable.handle, "lr": learning_rate, "epsilon": self.epsilon, "grad": gradient}
+            if self.optimizer == "adam":
+                tf.raw_ops.ResourceApplyAdam(**both, v=mean_square.handle, m=mean.handle, **betas, use_locking=True)
+            else:
+                slots = {"ms": mean_square.handle, "mom": mean.handle}  # the latter is required, and has no effect
+                tf.raw_ops.ResourceApplyRMSProp(**both, **slots, rho=self.decay, momentum=0.0, use_locking=True)

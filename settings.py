@@ -1,16 +1,20 @@
 """Settings are the fields of a dataclass: their types hold their bounds, each is a flag, and config.json keeps them."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import typing
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from startup import UserError, as_user_error
+
+if TYPE_CHECKING:
+    from progress import Progress
 
 CONFIG = "config.json"  # in the folder of a run or of a shipped agent
 LARGEST = 2**31 - 2**20  # seeds and counts are int32 further on, after small numbers have been added
@@ -100,6 +104,25 @@ def write_json(path: str, content: dict) -> None:
         unfinished = Path(path).with_name(".unfinished.json")
         unfinished.write_text(json.dumps(content, indent=2))
         unfinished.replace(path)
+
+
+def note_config(config, progress: "Progress", resuming: bool, given: Set[str]) -> None:
+    """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
+    path = os.path.join(config.log_dir, CONFIG)
+    new, history = {**dataclasses.asdict(config), "versions": versions()}, []
+    differ = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
+    shown = ", ".join(f"{name} = {new[name]}" for name in differ)
+    print(f"settings that differ from the defaults: {shown or 'none'}")
+    if resuming and os.path.exists(path):
+        old = read_config(path)
+        if old["game"] != config.game:
+            raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
+        history = old.get("history", [])
+        if was := {k: old[k] for k in new if old.get(k, new[k]) != new[k] and k != "log_dir"}:
+            history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
+        for name in was:
+            print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
+    write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
 
 
 def check_path(name: str, path: str) -> None:

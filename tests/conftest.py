@@ -247,6 +247,11 @@ class FaultyEnv(ScriptedEnv):
         return super().step(actions)
 
 
+def heads(network, history):
+    """Return a network's logits and values of games that begin with `history`."""
+    return network(history, network.initial_state(len(history)))[:2]
+
+
 def use_games(monkeypatch, *envs):
     """Let the groups play `envs`."""
     waiting = list(envs)
@@ -259,8 +264,8 @@ def use_games(monkeypatch, *envs):
 class Resumable:
     """A network, its progress and the saver of both. No two of different seeds have equal weights."""
 
-    def __init__(self, folder, seed=1, num_actions=4, filters=32, background=0):
-        self.shared = SharedNetwork(num_actions, 0.99, seed, filters=filters, background=background)
+    def __init__(self, folder, seed=1, num_actions=4, **options):
+        self.shared = SharedNetwork(num_actions, 0.99, seed, **options)
         self.progress = Progress(2, 3)
         self.saver = checkpoint.Saver(str(folder), self.shared, self.progress)
         self.warnings = []
@@ -279,7 +284,7 @@ class Resumable:
         return self.saver.resume(warn=self.warnings.append)
 
     def state(self):
-        return [v.numpy() for v in (*self.shared.trainable_variables, *self.shared.mean_squares)]
+        return [v.numpy() for v in (*self.shared.trainable_variables, *tf.nest.flatten(self.shared.slots))]
 
 
 def resumed(folder):

@@ -10,7 +10,7 @@ import weakref
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ScriptedEnv
+from conftest import ScriptedEnv, heads
 
 import async_agent
 import environment
@@ -27,7 +27,8 @@ NOOP = np.zeros(2, np.int32)
 
 def make_agent(env, config, *, index=0, shared=None, progress=None, on_update=lambda losses: None):
     """Return an agent whose games have begun."""
-    shared = shared or SharedNetwork(NUM_ACTIONS, config.decay, config.random_seed, filters=config.filters)
+    layers = {"filters": config.filters, "lstm": config.lstm, "input_scale": config.input_scale}
+    shared = shared or SharedNetwork(NUM_ACTIONS, config.decay, config.random_seed, **layers)
     progress = progress or Progress(config.num_threads, env.num_envs)
     agent = GroupAgent(index, lambda: env, shared, progress, config, on_update)
     agent.envs = agent.make_envs()
@@ -160,7 +161,7 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config,
             queue.append(env.frames[step, game])
         states.append([np.stack(queue, axis=-1).view(np.uint32)[..., 0] for queue in queues])
     fresh = ActorCritic(NUM_ACTIONS, config.random_seed)
-    values = [fresh(tf.constant(np.stack(state)))[1].numpy() for state in states]
+    values = [heads(fresh, tf.constant(np.stack(state)))[1].numpy() for state in states]
     following = values[5]
     returns = np.zeros([5, 2], np.float32)
     for step in reversed(range(5)):
@@ -169,7 +170,7 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config,
         returns[step] = following
 
     with tf.GradientTape() as tape:
-        logits, values = fresh(tf.constant(np.concatenate(states[:5])))  # [T * B, ...]
+        logits, values = heads(fresh, tf.constant(np.concatenate(states[:5])))  # [T * B, ...]
         log_probs = tf.math.log_softmax(logits)
         advantages = returns.ravel() - values
         chosen = tf.gather(log_probs, np.concatenate(env.actions), axis=1, batch_dims=1)
@@ -184,10 +185,68 @@ def test_gradient_equals_that_of_a_second_pass_over_the_same_states(make_config,
         np.testing.assert_allclose(one, other, atol=1e-4 * scale)
 
 
+def test_recurrent_gradient_equals_that_of_each_game_played_alone_and_goes_back_to_the_games_begin(make_config):
+    """The second rollout, whose state comes from the first; one of the games ends in each."""
+    config = make_config(lstm=6, input_scale="unit", filters=2, grad_clip=None, entropy_beta=0.0)
+    rewards, ends = np.random.default_rng(1).normal(size=[10, 2]) / 2, np.zeros([10, 2], bool)
+    ends[2, 0] = ends[6, 1] = True
+    env = ScriptedEnv(rewards, ends)
+    agent = make_agent(env, config)
+    updates = record_updates(agent)
+    agent.iterate()
+    between = agent.state.numpy()
+    agent.iterate()
+    fresh = ActorCritic(NUM_ACTIONS, config.random_seed, filters=2, lstm=6, input_scale="unit")
+
+    def replay(through_time):
+        losses = []
+        for game in range(2):
+            history, state = (
+                environment.push_frame(environment.empty_history(1), env.frames[:1, game], np.ones(1, bool)),
+                None,
+            )
+            seen = []
+            for step in range(11):
+                state = fresh.initial_state(1) if step == 0 or ends[step - 1, game] else state
+                if step == 5:
+                    np.testing.assert_allclose(state[0], between[game], atol=1e-6)
+                state = state if through_time and step > 5 else tf.stop_gradient(state)
+                logits, value, state = fresh(history, state)
+                seen.append((logits[0], value[0]))
+                if step < 10:
+                    end = ends[step : step + 1, game]
+                    history = environment.push_frame(history, env.frames[step + 1 : step + 2, game], end)
+            following = tf.stop_gradient(seen[10][1])
+            for step in reversed(range(5, 10)):
+                logits, value = seen[step]
+                following = np.clip(rewards[step, game], -1, 1) + 0.99 * (0 if ends[step, game] else following)
+                advantage = following - value
+                log_prob = tf.math.log_softmax(logits)[env.actions[step][game]]
+                losses.append(advantage**2 - log_prob * tf.stop_gradient(advantage))
+        return tf.add_n(losses) / 10
+
+    for through_time in (True, False):
+        with tf.GradientTape() as tape:
+            loss = replay(through_time)
+        expected = tape.gradient(loss, fresh.trainable_variables)
+        off = [
+            np.abs(one - other).max() / np.abs(other).max() for one, other in zip(updates[1][0], expected, strict=True)
+        ]
+        assert max(off) < 1e-3 if through_time else max(off) > 0.01
+
+
+def test_memory_is_emptied_when_all_games_begin_anew(make_config):
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(lstm=6, input_scale="unit", filters=2))
+    agent.iterate()
+    assert np.all(np.any(agent.state.numpy() != 0, axis=1))
+    agent.reset()
+    np.testing.assert_array_equal(agent.state, np.zeros([2, 12]))
+
+
 def test_copy_takes_the_background_off_as_the_shared_network_does(make_config):
     shared = SharedNetwork(NUM_ACTIONS, 0.99, seed=1, background=87)
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), make_config(), shared=shared)
-    for one, other in zip(shared(agent.history), agent.network(agent.history), strict=True):
+    for one, other in zip(heads(shared, agent.history), heads(agent.network, agent.history), strict=True):
         np.testing.assert_array_equal(one, other)
     before = all_weights(shared)
     agent.iterate()
@@ -238,7 +297,7 @@ def test_update_takes_the_learning_rate_and_the_weight_of_the_entropy_of_its_ste
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), config)  # an update has 10 agent steps
     updates = record_updates(agent)
     weights, rollout = [], agent.rollout
-    agent.rollout = lambda *inputs: weights.append(inputs[2]) or rollout(*inputs)
+    agent.rollout = lambda *inputs: weights.append(inputs[3]) or rollout(*inputs)
     for _ in range(5):
         agent.iterate()
     left = np.array([1, 0.7, 0.4, 0.1, 0.1])
@@ -469,3 +528,44 @@ def test_agent_learns_to_do_what_the_frame_shows(make_config):
     assert np.mean(env.paid[:25]) < 0.5
     assert np.mean(env.paid[-100:]) > 0.9
     assert np.mean(agent.progress.recent_scores()) > 9
+
+
+class MemoryEnv(gymnasium.vector.VectorEnv):
+    """A game begins with a white or a black frame; after four grey ones, action 0 or 1 says which, for 1 or -1."""
+
+    def __init__(self, num_envs):
+        self.num_envs, self.rng = num_envs, np.random.default_rng(0)
+        self.steps, self.paid = 0, []  # the mean reward of each game's last step
+
+    def show(self):
+        grey = np.full(self.num_envs, 128, np.uint8)
+        if self.steps % 5 == 0:
+            self.cue = self.rng.integers(0, 2, self.num_envs)
+            grey = np.uint8(255) * self.cue.astype(np.uint8)
+        return np.broadcast_to(grey[:, None, None, None], [self.num_envs, 1, 84, 84])
+
+    def reset(self, *, seed=None, options=None):
+        return self.show(), {}
+
+    def step(self, actions):
+        self.steps += 1
+        reward, ended = np.zeros(self.num_envs), np.full(self.num_envs, self.steps % 5 == 0)
+        if ended[0]:
+            reward = np.where(actions == self.cue, 1.0, -1.0)
+            self.paid.append(reward.mean())
+        return self.show(), reward, ended, np.zeros(self.num_envs, bool), {}
+
+
+@pytest.mark.parametrize("lstm, updates", [(32, 400), (0, 200)])
+def test_agent_learns_what_the_last_four_frames_do_not_show_if_it_has_a_memory(make_config, lstm, updates):
+    """With an LSTM it is above 0.95 after 350 updates, with seeds 1 to 3; without, no policy pays more than 0."""
+    layers = {"filters": 2, "lstm": lstm, "input_scale": "unit"}
+    fields = {"agents_per_thread": 16, "learning_rate": 4e-3, "entropy_beta": 0.02, "grad_clip": None}
+    config = make_config(max_iteration=1_000_000, **fields)
+    env = MemoryEnv(16)
+    shared = SharedNetwork(NUM_ACTIONS, 0.99, seed=1, epsilon=1e-5, optimizer="adam", **layers)
+    agent = make_agent(env, config, shared=shared)
+    for _ in range(updates):
+        agent.iterate()
+    late = np.mean(env.paid[-50:])
+    assert late > 0.8 if lstm else late < 0.3

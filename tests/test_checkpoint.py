@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, Resumable, equal, files
+from conftest import ROOT, Resumable, equal, files, heads
 
 import checkpoint
 import settings
@@ -19,6 +19,7 @@ from network import SharedNetwork
 from progress import Progress
 from startup import UserError, tf
 
+RECURRENT = {"lstm": 5, "input_scale": "unit"}
 small = functools.partial(Resumable, filters=1)
 
 
@@ -32,8 +33,9 @@ def saved(tmp_path):
     return run, states
 
 
-def test_resumed_run_has_all_that_was_saved_and_goes_on_as_if_it_had_not_stopped(tmp_path):
-    run, other = Resumable(tmp_path), Resumable(tmp_path, seed=2)
+@pytest.mark.parametrize("options", [{}, {"filters": 1, "optimizer": "adam", **RECURRENT}])
+def test_resumed_run_has_all_that_was_saved_and_goes_on_as_if_it_had_not_stopped(tmp_path, options):
+    run, other = Resumable(tmp_path, **options), Resumable(tmp_path, seed=2, **options)
     assert other.resume() is None
     run.progress.episodes, run.progress.seconds, run.progress.scores[1] = 7, 1000.0, [5, 6.5, np.nan]
     path = run.save(20)
@@ -70,13 +72,23 @@ def test_newest_three_checkpoints_are_kept_and_a_copy_of_the_newest(tmp_path):
     assert all(found["last.ckpt" + suffix] == found["model.ckpt-90000" + suffix] for suffix in (DATA, INDEX))
 
 
-@pytest.mark.parametrize("filters, background", [(8, 0), (32, 0), (40, 0), (8, 87)])
-def test_network_is_loaded_as_it_was_saved(tmp_path, filters, background):
-    run = Resumable(tmp_path, filters=filters, background=background)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"filters": 8},
+        {},
+        {"filters": 40},
+        {"filters": 8, "background": 87},
+        {"filters": 8, "input_scale": "unit"},
+        {"filters": 8, "background": 87, **RECURRENT},
+    ],
+)
+def test_network_is_loaded_as_it_was_saved(tmp_path, layers):
+    run = Resumable(tmp_path, **layers)
     network, iteration = checkpoint.load_network(run.save(7), 4)
     assert iteration == 7
     history = tf.constant(np.random.default_rng(0).integers(0, 2**32, [2, 84, 84], np.uint32))
-    for mine, theirs in zip(network(history), run.shared(history), strict=True):
+    for mine, theirs in zip(heads(network, history), heads(run.shared, history), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
@@ -278,6 +290,11 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
         ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Train with the --preset"),
         ({"background": 0}, {"background": 87}, "of another network: biases/input .*--subtract_background"),
         ({"background": 87}, {"background": 0}, "of another network: biases/input .*--subtract_background"),
+        (RECURRENT, {"input_scale": "unit"}, "of another network: weights/policy .*--lstm"),
+        ({"input_scale": "unit"}, RECURRENT, "of another network: weights/policy .*--lstm"),
+        (RECURRENT, {**RECURRENT, "lstm": 6}, "of another network: weights/policy .*--lstm"),
+        ({"input_scale": "unit"}, {}, "of another network: weights/input .*--input_scale"),
+        ({}, {"input_scale": "unit"}, "of another network: weights/input .*--input_scale"),
     ],
 )
 def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, said):
@@ -290,6 +307,17 @@ def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, 
     if "actions" in said:
         with pytest.raises(UserError, match=said):
             checkpoint.load_network(path, other.shared.num_actions)
+
+
+@pytest.mark.parametrize("was, now", [("rmsprop", "adam"), ("adam", "rmsprop")])
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path, was, now):
+    path = small(tmp_path, optimizer=was).save(30)
+    other = small(tmp_path, seed=2, optimizer=now)
+    before = other.state()
+    with pytest.raises(UserError, match=f"^optimizer = '{now}': {re.escape(path)} was trained with '{was}'"):
+        other.resume()
+    assert equal(other.state(), before)
+    assert checkpoint.load_weights(path, other.shared) == 30
 
 
 @pytest.mark.row(n=9)

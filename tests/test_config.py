@@ -40,6 +40,8 @@ def test_defaults_are_the_originals():
         "learning_rate": 2.5e-4,
         "annealing_steps": None,
         "anneal_entropy": False,
+        "optimizer": "rmsprop",
+        "adam_epsilon": 1e-5,
         "decay": 0.99,
         "rmsprop_epsilon": 1e-10,
         "grad_clip": 0.1,
@@ -48,12 +50,22 @@ def test_defaults_are_the_originals():
         "value_weight": 1.0,
         "subtract_background": False,
         "filters": 32,
+        "input_scale": "raw",
+        "lstm": 0,
         "save_steps": 20_000 * 64 * 5,
         "summary_period": 100,
     }
 
 
 # Values.
+
+
+@pytest.mark.row(n=16)
+def test_lstm_of_raw_pixels_is_refused():
+    """Gates saturate there, and nothing is learnt."""
+    with pytest.raises(ValueError, match="lstm = 4: needs input_scale = 'unit'"):
+        Config(lstm=4)
+    assert Config(lstm=4, input_scale="unit").lstm == 4
 
 
 @pytest.mark.row(n=16)
@@ -165,6 +177,8 @@ def test_every_field_is_a_flag_and_none_gives_the_defaults():
         "ray_address": "local",
         "device": "cpu",
         "compute_dtype": "bfloat16",
+        "optimizer": "adam",
+        "input_scale": "unit",
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert a3c.parse_config(flags) == Config(**values)

@@ -5,7 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENDLESS, Running, ScriptedEnv, has_rows, last_iteration, run
+from conftest import ENDLESS, Running, ScriptedEnv, has_rows, heads, last_iteration, run
 
 from async_agent import GroupAgent
 from environment import empty_history, history_to_frames, push_frame
@@ -20,23 +20,25 @@ pytestmark = pytest.mark.skipif(not tf.config.get_visible_devices("GPU"), reason
 STEPS, GAMES, ACTIONS = 5, 8, 4
 
 
-def one_update(device):
+def one_update(device, **layers):
     """Return all that an update computes on `device` from the same frames, actions and rewards."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (STEPS + 1, GAMES, 84, 84), np.uint8)
     dones, rewards = rng.random((STEPS, GAMES)) < 0.2, rng.normal(size=(STEPS, GAMES)).astype(np.float32)
     actions = [tf.constant(row, tf.int32) for row in rng.integers(0, ACTIONS, (STEPS, GAMES))]
     with tf.device(device):
-        network = SharedNetwork(ACTIONS, decay=0.99, seed=1, filters=16, background=87)
+        network = SharedNetwork(ACTIONS, decay=0.99, seed=1, filters=16, background=87, **layers)
+        state = network.initial_state(GAMES)
         history = push_frame(empty_history(GAMES), frames[0], np.ones(GAMES, bool))
         logits, values = [], []
         with tf.GradientTape() as tape:
             for step in range(STEPS):
-                logit, value = network(history)
+                logit, value, state = network(history, state)
                 logits.append(logit)
                 values.append(value)
                 history = push_frame(history, frames[step + 1], dones[step])
-            bootstrap = tf.stop_gradient(network(history)[1])
+                state = tf.where(dones[step][:, None], 0.0, state)
+            bootstrap = tf.stop_gradient(network(history, state)[1])
             returns = tf.stop_gradient(n_step_returns(list(rewards), list(dones), values, bootstrap, 0.99))
             loss, _ = a3c_loss(logits, values, actions, returns, 0.01)
         gradients, norm = clip_gradients(tape.gradient(loss, network.trainable_variables), 0.1, 2.0)
@@ -49,12 +51,15 @@ def one_update(device):
     return {"frames": history_to_frames(history).numpy(), **{name: t.numpy() for name, t in computed.items()}}
 
 
-@pytest.mark.parametrize("rounds", [False, True])
-def test_update_is_as_on_the_cpu(rounds):
+RECURRENT = {"lstm": 64, "input_scale": "unit", "optimizer": "adam", "epsilon": 1e-3}
+
+
+@pytest.mark.parametrize("rounds, layers", [(False, {}), (True, {}), (False, RECURRENT)])
+def test_update_is_as_on_the_cpu(rounds, layers):
     """By default, and in training, a GPU rounds to 10 bits what it multiplies (TF32)."""
     tf.config.experimental.enable_tensor_float_32_execution(rounds)
     try:
-        cpu, gpu = one_update("CPU:0"), one_update("GPU:0")
+        cpu, gpu = one_update("CPU:0", **layers), one_update("GPU:0", **layers)
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(True)
     np.testing.assert_array_equal(gpu.pop("frames"), cpu.pop("frames"))
@@ -69,7 +74,7 @@ def test_actions_are_drawn_from_the_policy():
     with tf.device("GPU:0"):
         network = SharedNetwork(ACTIONS, decay=0.99, seed=1)
         network.biases["policy"].assign(np.log([0.1, 0.2, 0.3, 0.4]))
-        logits, _ = network(empty_history(1000))  # black frames: all logits are the biases
+        logits, _ = heads(network, empty_history(1000))  # black frames: all logits are the biases
         draws = np.concatenate([draw_action(logits, np.array([7, step], np.int32)).numpy() for step in range(20)])
     shares = np.bincount(draws, minlength=ACTIONS) / draws.size
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=5 * np.sqrt(0.25 / draws.size))

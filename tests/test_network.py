@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import heads
 
 import network as net
 from startup import tf
@@ -226,6 +227,24 @@ def test_update_has_epsilon_inside_the_root():
     np.testing.assert_allclose(before - shared.biases["value"], 0.01 * 1e-6 / np.sqrt(5e-13 + 1e-10), rtol=1e-4)
 
 
+def test_adam_equals_tensorflows_and_goes_on_with_the_slots_that_are_saved():
+    shared = net.SharedNetwork(A, decay=0.99, seed=1, epsilon=1e-3, optimizer="adam")
+    others = [tf.Variable(v) for v in shared.trainable_variables]
+    optimizer = tf.compat.v1.train.AdamOptimizer(0.01, epsilon=1e-3, use_locking=True)
+    rng = np.random.default_rng(5)
+    for step in range(4):
+        gradients = random_gradients(others, rng)
+        shared.apply_gradients(gradients, np.float32(0.01))
+        optimizer.apply_gradients(zip(gradients, others, strict=True))
+        if step == 1:  # another network goes on
+            first, shared = shared, net.SharedNetwork(A, decay=0.99, seed=2, epsilon=1e-3, optimizer="adam")
+            shared.copy_from(first)
+            for mine, theirs in zip(tf.nest.flatten(shared.slots), tf.nest.flatten(first.slots), strict=True):
+                mine.assign(theirs)
+    for mine, other in zip(shared.trainable_variables, others, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-6)  # of steps of about 0.01
+
+
 # The network.
 
 
@@ -241,7 +260,7 @@ def test_network_has_the_originals_shapes_and_as_many_filters_as_asked(filters):
     }
     assert [tuple(v.shape) for v in network.biases.values()] == [(filters,), (2 * filters,), (256,), (6,), (1,)]
     assert len(network.trainable_variables) == 10
-    logits, value = network(random_history(num_games=3))
+    logits, value = heads(network, random_history(num_games=3))
     assert (logits.shape, value.shape) == ([3, 6], [3])
 
 
@@ -262,6 +281,55 @@ def test_initial_weights_have_the_originals_spread():
         np.testing.assert_array_equal(variable, np.zeros(variable.shape))
 
 
+def test_unit_input_is_scaled_and_has_initial_weights_that_keep_its_size():
+    network = net.ActorCritic(6, seed=11, lstm=64, input_scale="unit")
+    inputs = {"conv1": 256, "conv2": 512, "hidden": 7744, "lstm": 320, "policy": 64, "value": 64}
+    for layer, number in inputs.items():
+        weights = network.weights[layer].numpy()
+        gain = {"policy": 0.01, "value": 1, "lstm": 1}.get(layer, 2) * (0.8796**2 if "conv" in layer else 1)  # cut off
+        assert weights.std() == pytest.approx(np.sqrt(gain / number), rel=4 / np.sqrt(weights.size))
+    assert float(network.weights["input"]) == pytest.approx(1 / 255)
+    assert len(network.trainable_variables) == 12
+    raw = net.ActorCritic(2)
+    unit = net.ActorCritic(2, input_scale="unit")
+    unit.copy_from(raw)
+    unit.weights["conv1"].assign(255 * raw.weights["conv1"])
+    for one, other in zip(heads(raw, random_history()), heads(unit, random_history()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_lstm_is_that_of_the_formula_and_stands_between_the_hidden_layer_and_the_heads():
+    network, history = net.ActorCritic(A, 3, lstm=5, input_scale="unit"), random_history(num_games=3)
+    assert network.initial_state(3).shape == [3, 10]
+    assert not np.any(network.initial_state(3))
+    network.biases["lstm"].assign(np.linspace(-1, 1, 20))
+    plain = net.ActorCritic(256, input_scale="unit")  # its logits are the hidden layer
+    for layer in ("conv1", "conv2", "hidden"):
+        plain.weights[layer].assign(network.weights[layer])
+    plain.weights["policy"].assign(np.eye(256))
+    hidden = heads(plain, history)[0].numpy()
+    before = np.random.default_rng(2).normal(size=[3, 10]).astype(np.float32)
+    logits, values, after = (x.numpy() for x in network(history, before))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    w = {name: v.numpy().astype(np.float64) for name, v in network.weights.items()}
+    for game in range(3):
+        inputs = [*hidden[game], *before[game, :5]]
+        for unit in range(5):
+            take, keep, new, show = (
+                sum(x * w["lstm"][i, gate * 5 + unit] for i, x in enumerate(inputs))
+                + float(network.biases["lstm"][gate * 5 + unit])
+                for gate in range(4)
+            )
+            cell = sigmoid(keep + 1) * before[game, 5 + unit] + sigmoid(take) * np.tanh(new)
+            assert after[game, 5 + unit] == pytest.approx(cell, abs=1e-5)
+            assert after[game, unit] == pytest.approx(sigmoid(show) * np.tanh(cell), abs=1e-5)
+    np.testing.assert_allclose(logits, after[:, :5] @ w["policy"], atol=1e-5)
+    np.testing.assert_allclose(values, (after[:, :5] @ w["value"])[:, 0], atol=1e-5)
+
+
 def test_same_seed_gives_the_same_weights_and_another_seed_others():
     one, same, other = (net.ActorCritic(4, seed).weights["conv1"].numpy() for seed in (7, 7, 8))
     np.testing.assert_array_equal(one, same)
@@ -274,7 +342,7 @@ def test_background_is_taken_off_the_pixels_and_is_not_trained(compute_dtype):
     less = net.ActorCritic(2, 1, compute_dtype, background=87)
     frames = np.random.default_rng(0).integers(0, 100, [3, 84, 84, 4], np.uint8)
     history, brighter = (tf.bitcast(tf.constant(x), tf.uint32) for x in (frames, frames + np.uint8(87)))
-    for one, other in zip(plain(history), less(brighter), strict=True):
+    for one, other in zip(heads(plain, history), heads(less, brighter), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(less.trainable_variables) == len(plain.trainable_variables)
 
@@ -309,7 +377,7 @@ def test_pixels_enter_as_0_to_255_in_the_order_oldest_first():
         network.weights["value"].assign(np.eye(256, 1, dtype=np.float32))
         history = np.zeros([1, 84, 84, 4], np.uint8)
         history[0, 2, 2] = [10, 20, 30, 255]
-        _, value = network(tf.constant(history.view(np.uint32)[..., 0]))
+        _, value = heads(network, tf.constant(history.view(np.uint32)[..., 0]))
         assert float(value[0]) == expected
 
 
@@ -322,14 +390,14 @@ def test_actions_are_drawn_actions_with_the_policys_probabilities():
     probabilities = np.float32([0.1, 0.2, 0.3, 0.4])
     network.biases["policy"].assign(np.log(probabilities))
     history = random_history(num_games=100)
-    actions = [net.draw_action(network(history)[0], np.int32([5, step])) for step in range(20)]
+    actions = [net.draw_action(heads(network, history)[0], np.int32([5, step])) for step in range(20)]
     shares = np.bincount(np.ravel(actions), minlength=A) / 2000
     np.testing.assert_allclose(shares, probabilities, atol=0.05)  # more than four standard errors
 
 
 def test_actions_are_drawn_the_same_actions_from_the_same_seed_only():
     network, history = net.ActorCritic(A), random_history(num_games=30)
-    one, same, other = (net.draw_action(network(history)[0], np.int32([1, n])).numpy() for n in (2, 2, 3))
+    one, same, other = (net.draw_action(heads(network, history)[0], np.int32([1, n])).numpy() for n in (2, 2, 3))
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
 
@@ -338,19 +406,20 @@ def test_actions_are_drawn_the_same_actions_from_the_same_seed_only():
 def test_logits_that_are_not_finite_give_actions_out_of_range(wrong):
     network = net.ActorCritic(A)
     network.biases["policy"].assign(tf.fill([A], wrong))
-    action = net.draw_action(network(random_history())[0], np.int32([1, 2])).numpy()
+    action = net.draw_action(heads(network, random_history())[0], np.int32([1, 2])).numpy()
     assert np.all((action < 0) | (action >= A))
 
 
-def test_bfloat16_copy_computes_what_float32_does_to_its_precision_and_leaves_the_shared_network_in_float32():
-    shared = net.SharedNetwork(4, 0.99, seed=3)
-    exact, coarse = net.ActorCritic(4), net.ActorCritic(4, compute_dtype="bfloat16")
+@pytest.mark.parametrize("layers", [{}, {"lstm": 32, "input_scale": "unit"}])
+def test_bfloat16_copy_computes_what_float32_does_to_its_precision_and_leaves_the_shared_network_in_float32(layers):
+    shared = net.SharedNetwork(4, 0.99, seed=3, **layers)
+    exact, coarse = net.ActorCritic(4, **layers), net.ActorCritic(4, compute_dtype="bfloat16", **layers)
     gradients = []
     history = tf.constant(np.random.default_rng(1).integers(0, 2**32, [8, 84, 84], np.uint32))
     for copy in (exact, coarse):
         copy.copy_from(shared)
         with tf.GradientTape() as tape:
-            logits, values = copy(history)
+            logits, values = heads(copy, history)
             loss = tf.reduce_sum(logits[:, 0]) + tf.reduce_sum(values)
         assert logits.dtype == values.dtype == tf.float32
         clipped, _ = net.clip_gradients(tape.gradient(loss, copy.trainable_variables), None)
@@ -358,6 +427,6 @@ def test_bfloat16_copy_computes_what_float32_does_to_its_precision_and_leaves_th
         gradients.append(clipped)
     assert {variable.dtype for variable in coarse.trainable_variables} == {tf.bfloat16}
     for one, other in zip(*gradients, strict=True):
-        assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(one)
+        assert np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
     shared.apply_gradients(gradients[1], np.float32(1e-3))
     assert {variable.dtype for variable in shared.variables} == {tf.float32}

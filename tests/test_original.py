@@ -6,7 +6,7 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
-from conftest import Resumable, equal, refusal, watching
+from conftest import Resumable, equal, heads, refusal, watching
 
 import checkpoint
 from original import OriginalFrames, is_original
@@ -43,7 +43,7 @@ def test_checkpoint_of_the_original_gives_the_logits_and_values_that_it_gave_the
     assert is_original(path)
     network, iteration = checkpoint.load_network(path, 4)
     assert iteration == 600_000
-    found = network(tf.bitcast(frames, tf.uint32))
+    found = heads(network, tf.bitcast(frames, tf.uint32))
     np.testing.assert_allclose(found[0], logits, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(found[1], values[:, 0], rtol=1e-5, atol=1e-4)
     assert np.ptp(logits) > 1

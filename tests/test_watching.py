@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from conftest import SHIPPED, refusal, watching
 
-import checkpoint
 import film
 from environment import empty_history, history_to_frames, preprocess
+from network import ActorCritic
 from startup import UserError, tf
 
 
@@ -54,16 +54,17 @@ class ScriptedGame(gymnasium.Env):
 
 
 def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
-    histories, logits = [], np.eye(4, dtype=np.float32)
+    histories, states, logits = [], [], np.eye(4, dtype=np.float32)
 
-    def network(history):
+    def network(history, state):
         histories.append(history_to_frames(history)[0].numpy())
+        states.append(float(state[0, 0]))
         likeliest = tf.tile(logits[len(histories) % 4][None], [len(history), 1])
-        return likeliest, tf.fill([len(history)], len(histories) / 2)
+        return likeliest, tf.fill([len(history)], len(histories) / 2), state + 1
 
     game, filmed, flags = ScriptedGame(), [], watching.Flags(seed=1, iter=1, epsilon=0.0)
     decide = functools.partial(watching.decide, network)
-    ((score, lives_lost_at, seed),) = watching.play_games([game], decide, flags, filmed.append)
+    ((score, lives_lost_at, seed),) = watching.play_games([game], decide, tf.fill([1, 2], 9.0), flags, filmed.append)
     assert seed == 1
     assert score == 1 - 2 + 4 - 8 + 16 + 32
     assert lives_lost_at == [1 - 2, 1 - 2 + 4 - 8 + 16, score]
@@ -73,6 +74,7 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
         queue.append(preprocess(screen[None])[0].numpy())
         np.testing.assert_array_equal(found, np.stack(queue, axis=-1))
     assert len(histories) == 6
+    assert states == [0, 1, 2, 3, 4, 5]
     np.testing.assert_array_equal([moment.screen for moment in filmed], game.screens[:6])
     np.testing.assert_array_equal([moment.frames for moment in filmed], histories)
     assert [moment.value for moment in filmed] == [0.5, 1, 1.5, 2, 2.5, 3]
@@ -151,10 +153,11 @@ def test_game_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, 
 
 
 def test_what_the_network_says_of_a_game_is_the_same_to_the_last_digit_beside_whatever_other_games():
-    network, _ = checkpoint.load_network(f"{SHIPPED}/last.ckpt", 4)
+    network = ActorCritic(4, lstm=8, input_scale="unit")
+    state = tf.random.stateless_normal([watching.ROWS, 16], [1, 2])
     screens = np.random.default_rng(0).integers(0, 256, [watching.ROWS, 210, 160], np.uint8)
     said = [
-        watching.decide(network, empty_history(games), screens[:games], np.ones(games, bool))
+        watching.decide(network, empty_history(games), state[:games], screens[:games], np.zeros(games, bool))
         for games in (1, 3, watching.ROWS)
     ]
     for of_one, of_three, of_all in zip(*said, strict=True):
