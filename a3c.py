@@ -64,7 +64,7 @@ class Config:
     learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
     annealing_steps: Steps | None = None  # agent steps over which the rate falls; None is half of the run
     anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # adam needs another learning_rate, such as 4e-4
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # each has its own best learning_rate
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
     adam_epsilon: Positive = 1e-5  # added to Adam's root of the mean square
@@ -74,9 +74,9 @@ class Config:
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
-    input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: 0..1, with He's initial weights
+    input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights for that
     filters: Count = 32  # filters of the first convolution; the second has twice as many
-    lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; it needs input_scale = unit; 0: none
+    lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Needs --input_scale unit
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 
     save_steps: Steps = 6_400_000  # agent steps between checkpoints; the newest three are kept
@@ -89,7 +89,7 @@ class Config:
         settings.check_settings(self)
         settings.check_path("log_dir", self.log_dir)
         if self.lstm and self.input_scale != "unit":
-            raise UserError(f"lstm = {self.lstm}: needs input_scale = 'unit'; raw pixels saturate an LSTM")
+            raise UserError(f"lstm = {self.lstm}: needs --input_scale unit; raw pixels saturate an LSTM")
 
     @property
     def folder(self) -> str:
@@ -210,12 +210,12 @@ def game_and_device(config: Config) -> tuple[Game, str]:
 def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
     """Return the network to train, with its initial weights."""
     return SharedNetwork(
-        game.num_actions,
-        config.decay,
-        config.random_seed,
-        config.adam_epsilon if config.optimizer == "adam" else config.rmsprop_epsilon,
-        choose_dtype(config.compute_dtype, device),
-        config.optimizer,
+        num_actions=game.num_actions,
+        decay=config.decay,
+        seed=config.random_seed,
+        epsilon=config.adam_epsilon if config.optimizer == "adam" else config.rmsprop_epsilon,
+        copies_dtype=choose_dtype(config.compute_dtype, device),
+        optimizer=config.optimizer,
         filters=config.filters,
         background=game.background if config.subtract_background else 0,
         lstm=config.lstm,

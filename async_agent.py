@@ -53,7 +53,9 @@ class GroupAgent:
         self.network = shared.make_copy()
         self.envs = None
         self.history = empty_history(config.agents_per_thread)  # what the next actions are for
-        self.state = self.network.initial_state(config.agents_per_thread)  # of the LSTM, at that time
+        self.state = self.network.initial_state(
+            config.agents_per_thread
+        )  # of an LSTM that has not yet seen the newest frame
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; updated where a lost life ends the return
         # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
@@ -136,6 +138,7 @@ class GroupAgent:
         All of it is one graph: Python is called only to step the games. TensorFlow reads this code once, at the start,
         and what Python values are then, fields of the config too, they remain. What changes while training must be an
         argument, as `entropy_beta` is (see `iterate` and `__init__`); `if` cannot ask for a tensor: use `tf.where`.
+        The first state comes from the rollout before, and no gradient goes back into that.
         """
         config, network = self.config, self.network
         logits, values, actions, rewards, ends = [], [], [], [], []  # T items of B games each
@@ -146,7 +149,8 @@ class GroupAgent:
                 logit, value, state = network(history, state)
                 action = draw_action(logit, tf.add(seed, [0, step]))
                 frame, reward, done, return_ends = self._step_in_graph(action)
-                history, state = push_frame(history, frame, done), tf.where(done[:, None], 0.0, state)
+                history = push_frame(history, frame, done)
+                state = tf.where(done[:, None], 0.0, state)  # where a game ended, the next frame is another's first
                 if config.reward_clip is not None:
                     reward = tf.clip_by_value(reward, -config.reward_clip, config.reward_clip)
                 logits.append(logit)
@@ -157,7 +161,7 @@ class GroupAgent:
 
             # Returns and loss.
             with tape.stop_recording():
-                _, bootstrap, _ = network(history, state)
+                _, bootstrap, _ = network(history, state)  # the next rollout begins with the same frame and state
                 returns = n_step_returns(rewards, ends, values, bootstrap, config.discount_factor, config.gae_lambda)
             loss, terms = a3c_loss(logits, values, actions, returns, entropy_beta, config.value_weight)
 
@@ -209,7 +213,7 @@ class GroupAgent:
                 self.progress.episodes += int(done.sum())
             self.episode_score[done] = 0.0
         return_ends = done
-        if self.config.life_loss_ends_return:  # the game, its frames and its score go on
+        if self.config.life_loss_ends_return:  # the game, its frames, its score and an LSTM's state go on
             return_ends = done | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
 

@@ -16,7 +16,8 @@ from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
-GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # of "unit": variance * inputs; 2 before a ReLU
+GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # variance of an initial weight times its layer's inputs; others 2
+FORGET_BIAS = 1.0  # an LSTM begins by keeping 0.73 of what it knows
 HIDDEN_UNITS = 256
 ADAM_BETAS = 0.9, 0.999
 
@@ -46,7 +47,8 @@ class ActorCritic(tf.Module):
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.
       input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" is 0..1, and weights that
-        suit it (He et al. 2015). An LSTM learns with "unit" only: what the others make of pixels saturates its gates.
+        suit it (He et al. 2015, for the layers before a ReLU). An LSTM needs "unit": of "raw" the hidden layer makes
+        numbers in the tens, which saturate its gates.
     """
 
     def __init__(
@@ -74,9 +76,8 @@ class ActorCritic(tf.Module):
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
             normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
-            stddev = (
-                math.sqrt(GAINS.get(layer, 2.0) / math.prod(shape[:-1])) if input_scale == "unit" else WEIGHT_STDDEV
-            )
+            inputs = math.prod(shape[:-1])
+            stddev = math.sqrt(GAINS.get(layer, 2.0) / inputs) if input_scale == "unit" else WEIGHT_STDDEV
             initial = tf.cast(normal(shape, [seed, index], stddev=stddev), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
@@ -86,7 +87,10 @@ class ActorCritic(tf.Module):
             self.weights["input"] = tf.Variable(tf.cast(1 / 255, self.compute_dtype), trainable=False, name="scale")
 
     def initial_state(self, num_games: int) -> tf.Tensor:
-        """Return what the LSTM knows when a game begins: zeros [B, 2U] float32, its output and its cells."""
+        """Return what an LSTM knows when a game begins: zeros [B, 2U] float32, its output and its cells.
+
+        Without an LSTM U is 0, so the state is a tensor of no numbers, and goes through unchanged.
+        """
         return tf.zeros([num_games, 2 * self.lstm])
 
     def __call__(self, history: tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -118,13 +122,13 @@ class ActorCritic(tf.Module):
 def lstm_step(x: tf.Tensor, state: tf.Tensor, weights: tf.Tensor, biases: tf.Tensor) -> tf.Tensor:
     """Return the state [B, 2U] float32 of an LSTM, its output and its cells, after one more input x [B, N].
 
-    Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000, which begins nearly open. `weights` are
-    [N + U, 4U], of x and of the last output to the input gate, the forget gate, the new values and the output gate.
+    Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000. `weights` are [N + U, 4U], from x and
+    the last output to the input gate, the forget gate, the new values and the output gate.
     """
     output, cells = tf.split(state, 2, axis=1)
     gates = tf.concat([x, tf.cast(output, x.dtype)], axis=1) @ weights + biases
     take, keep, new, show = tf.split(tf.cast(gates, tf.float32), 4, axis=1)
-    cells = tf.sigmoid(keep + 1) * cells + tf.sigmoid(take) * tf.tanh(new)
+    cells = tf.sigmoid(keep + FORGET_BIAS) * cells + tf.sigmoid(take) * tf.tanh(new)
     return tf.concat([tf.sigmoid(show) * tf.tanh(cells), cells], axis=1)
 
 
@@ -217,10 +221,12 @@ class SharedNetwork(ActorCritic):
     TensorFlow's, with its epsilon outside the root; it ignores `decay`.
 
     Args:
+      num_actions, seed: as of `ActorCritic`.
       decay: of RMSProp's mean square.
-      epsilon: of either.
+      epsilon: of either optimizer.
       copies_dtype: what the copies compute in.
-      layers: what `ActorCritic` is told of them.
+      optimizer: "rmsprop" or "adam".
+      layers: all else that `ActorCritic` takes, but for `compute_dtype`.
     """
 
     def __init__(
@@ -240,16 +246,16 @@ class SharedNetwork(ActorCritic):
         saved = {v.ref() for v in (*self.weights.values(), *self.biases.values())}
         if lost := [v.name for v in variables if v.ref() not in saved]:
             raise ValueError(f"put {', '.join(lost)} into `weights` or `biases`: nothing else is saved")
-        first = tf.ones_like if optimizer == "rmsprop" else tf.zeros_like
+        first = tf.zeros_like if optimizer == "adam" else tf.ones_like
         self.mean_squares = [tf.Variable(first(v), trainable=False) for v in variables]
-        self.means = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
-        self.updates = tf.Variable(0.0, trainable=False)  # of Adam
+        self.means = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # of gradients, for Adam
+        self.updates = tf.Variable(0.0, trainable=False)  # made by Adam
 
     @property
     def slots(self) -> dict:
         """The optimizer's variables that a resumed run needs."""
         slots = {"mean_squares": self.mean_squares}
-        return slots if self.optimizer == "rmsprop" else {**slots, "means": self.means, "updates": self.updates}
+        return {**slots, "means": self.means, "updates": self.updates} if self.optimizer == "adam" else slots
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""
@@ -258,15 +264,22 @@ class SharedNetwork(ActorCritic):
         return copy
 
     def apply_gradients(self, gradients, learning_rate):
-        """Take one step of the optimizer. The caller lets one thread in at a time ("locked" in the original)."""
+        """Take one step of the optimizer. The caller lets one thread in at a time ("locked" in the original).
+
+        `gradients` are in the order of `trainable_variables`, which is the same in all copies.
+        """
+        options = {"lr": learning_rate, "epsilon": self.epsilon, "use_locking": True}
+        everything = zip(self.trainable_variables, gradients, self.mean_squares, self.means, strict=True)
         if self.optimizer == "adam":
             (beta1, beta2), updates = ADAM_BETAS, self.updates.assign_add(1.0)
-            betas = {"beta1": beta1, "beta2": beta2, "beta1_power": beta1**updates, "beta2_power": beta2**updates}
-        all_slots = zip(self.trainable_variables, self.mean_squares, self.means, gradients, strict=True)
-        for variable, mean_square, mean, gradient in all_slots:
-            both = {"var": variable.handle, "lr": learning_rate, "epsilon": self.epsilon, "grad": gradient}
-            if self.optimizer == "adam":
-                tf.raw_ops.ResourceApplyAdam(**both, v=mean_square.handle, m=mean.handle, **betas, use_locking=True)
-            else:
-                slots = {"ms": mean_square.handle, "mom": mean.handle}  # the latter is required, and has no effect
-                tf.raw_ops.ResourceApplyRMSProp(**both, **slots, rho=self.decay, momentum=0.0, use_locking=True)
+            options |= {"beta1": beta1, "beta2": beta2, "beta1_power": beta1**updates, "beta2_power": beta2**updates}
+            for variable, gradient, square, mean in everything:
+                tf.raw_ops.ResourceApplyAdam(
+                    var=variable.handle, grad=gradient, v=square.handle, m=mean.handle, **options
+                )
+        else:
+            options |= {"rho": self.decay, "momentum": 0.0}
+            for variable, gradient, square, unused in everything:
+                tf.raw_ops.ResourceApplyRMSProp(
+                    var=variable.handle, grad=gradient, ms=square.handle, mom=unused.handle, **options
+                )

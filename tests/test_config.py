@@ -63,7 +63,7 @@ def test_defaults_are_the_originals():
 @pytest.mark.row(n=16)
 def test_lstm_of_raw_pixels_is_refused():
     """Gates saturate there, and nothing is learnt."""
-    with pytest.raises(ValueError, match="lstm = 4: needs input_scale = 'unit'"):
+    with pytest.raises(ValueError, match="lstm = 4: needs --input_scale unit"):
         Config(lstm=4)
     assert Config(lstm=4, input_scale="unit").lstm == 4
 
