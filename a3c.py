@@ -28,7 +28,7 @@ from groups import Groups, run_folder
 from network import SharedNetwork, choose_dtype
 from progress import Progress
 from report import Report
-from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, Steps
+from settings import Count, CountOrZero, Epsilon, Fraction, Positive, PositiveFraction, PositiveOrZero, Steps
 from startup import UserError, tf
 
 
@@ -67,16 +67,18 @@ class Config:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # each has its own best learning_rate
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
-    adam_epsilon: Positive = 1e-5  # added to Adam's root of the mean square
+    adam_epsilon: Epsilon = 1e-5  # added to Adam's root of the mean square
     grad_clip: Positive | None = 0.1  # limit of each gradient tensor's L2 norm / number of elements; None: no limit
     global_clip: Positive | None = None  # limit of the L2 norm of all gradients together; None: no limit
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
-    input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights for that
+    input_scale: Literal["raw", "unit"] = (
+        "raw"  # raw: pixels of 0..255; unit: divided by 256, and initial weights for that
+    )
     filters: Count = 32  # filters of the first convolution; the second has twice as many
-    lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Needs --input_scale unit
+    lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Use input_scale = unit
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 
     save_steps: Steps = 6_400_000  # agent steps between checkpoints; the newest three are kept
@@ -88,8 +90,6 @@ class Config:
         """Check every field. Raises UserError, a ValueError, naming the first wrong field and its value."""
         settings.check_settings(self)
         settings.check_path("log_dir", self.log_dir)
-        if self.lstm and self.input_scale != "unit":
-            raise UserError(f"lstm = {self.lstm}: needs --input_scale unit; raw pixels saturate an LSTM")
 
     @property
     def folder(self) -> str:
@@ -235,7 +235,7 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc()
             if isinstance(error.__cause__ or error, tf.errors.ResourceExhaustedError):
-                advice = "lower --agents_per_thread or --num_threads, or use another --device"
+                advice = "lower --agents_per_thread, --num_threads, --filters or --lstm, or use another --device"
                 print(f"a3c.py: error: out of memory: {advice}", file=sys.stderr)
     return 1
 

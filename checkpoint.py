@@ -143,7 +143,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, 
         if name == "weights/policy" and was and now and was[-1] != now[-1]:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
         settings = "--filters, --lstm, --input_scale and --subtract_background"
-        why = f"Train with the --preset, or {settings}, that it was trained with"
+        why = f"Train with the --preset, or {settings}, that it was trained with, or into another --log_dir"
         raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 

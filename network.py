@@ -46,9 +46,8 @@ class ActorCritic(tf.Module):
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.
-      input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" is 0..1, and weights that
-        suit it (He et al. 2015, for the layers before a ReLU). An LSTM needs "unit": of "raw" the hidden layer makes
-        numbers in the tens, which saturate its gates.
+      input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" divides them by 256, and
+        begins with weights that keep their size (He et al. 2015): what an LSTM is made for.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class ActorCritic(tf.Module):
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
         if background:  # added to the pixels; a variable, so that checkpoints hold it
             self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
-        if input_scale == "unit":  # multiplies them after that
-            self.weights["input"] = tf.Variable(tf.cast(1 / 255, self.compute_dtype), trainable=False, name="scale")
+        if input_scale == "unit":  # multiplies them after that; exact in bfloat16 too, as 1 / 255 would not be
+            self.weights["input"] = tf.Variable(tf.cast(1 / 256, self.compute_dtype), trainable=False, name="scale")
 
     def initial_state(self, num_games: int) -> tf.Tensor:
         """Return what an LSTM knows when a game begins: zeros [B, 2U] float32, its output and its cells.

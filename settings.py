@@ -31,6 +31,7 @@ Count = Annotated[int, Bounds(1)]
 Steps = Annotated[int, Bounds(1, 10**15)]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(math.ulp(0.0))]
+Epsilon = Annotated[float, Bounds(1e-30)]  # stays above zero in float32
 PositiveOrZero = Annotated[float, Bounds(0.0)]
 Fraction = Annotated[float, Bounds(0.0, 1.0)]
 PositiveFraction = Annotated[float, Bounds(math.ulp(0.0), 1.0)]
@@ -55,7 +56,7 @@ def check_settings(settings) -> None:
             kind, (low, high) = typing.get_args(hint)
             value = float(value) if kind is float and type(value) is int and abs(value) <= LARGEST else value
             valid = type(value) is kind and low <= value <= high  # also false for NaN
-            least = "above 0" if 0 < low < 1 else f"from {low:,.10g}"
+            least = "above 0" if low == math.ulp(0.0) else f"from {low:,.10g}"
             wanted = f"a {'whole ' * (kind is int)}number {least} to {high:,.10g}"
         else:
             valid, wanted = type(value) is hint, "a text" if hint is str else "True or False"

@@ -34,7 +34,7 @@ PARTS = {
     "returns": (async_agent, "n_step_returns"),
     "loss": (async_agent, "a3c_loss"),
     "clip": (async_agent, "clip_gradients"),
-    "RMSProp": (SharedNetwork, "apply_gradients"),
+    "optimizer": (SharedNetwork, "apply_gradients"),
     "copy": (ActorCritic, "copy_from"),
 }
 # What the name of an operation begins with -> part.

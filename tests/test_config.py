@@ -61,14 +61,6 @@ def test_defaults_are_the_originals():
 
 
 @pytest.mark.row(n=16)
-def test_lstm_of_raw_pixels_is_refused():
-    """Gates saturate there, and nothing is learnt."""
-    with pytest.raises(ValueError, match="lstm = 4: needs --input_scale unit"):
-        Config(lstm=4)
-    assert Config(lstm=4, input_scale="unit").lstm == 4
-
-
-@pytest.mark.row(n=16)
 @pytest.mark.parametrize(
     "name, value, wanted",
     [
@@ -77,6 +69,7 @@ def test_lstm_of_raw_pixels_is_refused():
         ("frameskip", "none", "a whole number from 1 to 2,146,435,072, or None"),
         ("learning_rate", math.nan, "a number above 0 to 2,146,435,072"),
         ("grad_clip", 0.0, "a number above 0 to 2,146,435,072, or None"),
+        ("adam_epsilon", 1e-50, "a number from 1e-30 to 2,146,435,072"),
         ("value_weight", -0.1, "a number from 0 to 2,146,435,072"),
         ("gae_lambda", 1.01, "a number from 0 to 1"),
         ("discount_factor", 0.0, "a number above 0 to 1"),

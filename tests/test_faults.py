@@ -163,7 +163,8 @@ def threads_of_groups():
 
 
 OOM = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[64,84,84,4]")
-ADVICE = "a3c.py: error: out of memory: lower --agents_per_thread or --num_threads, or use another --device"
+LESS = "lower --agents_per_thread, --num_threads, --filters or --lstm, or use another --device"
+ADVICE = f"a3c.py: error: out of memory: {LESS}"
 
 
 @pytest.mark.row(n=12)
