@@ -74,9 +74,7 @@ class Config:
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
-    input_scale: Literal["raw", "unit"] = (
-        "raw"  # raw: pixels of 0..255; unit: divided by 256, and initial weights for that
-    )
+    input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights to match
     filters: Count = 32  # filters of the first convolution; the second has twice as many
     lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Use input_scale = unit
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it

@@ -413,7 +413,7 @@ def test_every_game_trains_for_three_updates_and_is_watched_for_fifty_steps(tmp_
     assert iteration == 3
     with contextlib.closing(gymnasium.wrappers.TimeLimit(make_watching_env(game), 50)) as env:
         flags, decide = watching.Flags(iter=1, policy="softmax"), functools.partial(watching.decide, network)
-        ((score, _, _),) = watching.play_games([env], decide, flags, film=screens.append)
+        ((score, _, _),) = watching.play_games([env], decide, network.initial_state(1), flags, film=screens.append)
     assert np.isfinite(score)
     assert 1 <= len(screens) <= 50
     assert screens[0].screen.shape[2] == 3
