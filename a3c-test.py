@@ -172,7 +172,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     with tf.device(device), contextlib.ExitStack() as stack:
         network, iteration = checkpoint.load_network(model, game.num_actions)
         graph = tf.function(functools.partial(decide, network), autograph=False)
-        policy = "softmax" if flags.policy == "softmax" else f"greedy with {flags.epsilon:.4g} random"
+        policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
         print(f"{game.id}, {model} after {iteration:,} updates, {policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}

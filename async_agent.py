@@ -52,10 +52,9 @@ class GroupAgent:
         self.on_update = on_update
         self.network = shared.make_copy()
         self.envs = None
-        self.history = empty_history(config.agents_per_thread)  # what the next actions are for
-        self.state = self.network.initial_state(
-            config.agents_per_thread
-        )  # of an LSTM that has not yet seen the newest frame
+        # What the next actions are for. The state is that of an LSTM which has not yet seen the newest frame.
+        self.history = empty_history(config.agents_per_thread)
+        self.state = self.network.initial_state(config.agents_per_thread)
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; updated where a lost life ends the return
         # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
