@@ -201,13 +201,10 @@ def test_recurrent_gradient_equals_that_of_each_game_played_alone_and_goes_back_
     def replay(through_time):
         losses = []
         for game in range(2):
-            history, state = (
-                environment.push_frame(environment.empty_history(1), env.frames[:1, game], np.ones(1, bool)),
-                None,
-            )
-            seen = []
+            history = environment.push_frame(environment.empty_history(1), env.frames[:1, game], np.ones(1, bool))
+            seen, state = [], fresh.initial_state(1)
             for step in range(11):
-                state = fresh.initial_state(1) if step == 0 or ends[step - 1, game] else state
+                state = fresh.initial_state(1) if step > 0 and ends[step - 1, game] else state
                 if step == 5:
                     np.testing.assert_allclose(state[0], between[game], atol=1e-6)
                 state = state if through_time and step > 5 else tf.stop_gradient(state)
