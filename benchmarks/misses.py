@@ -1,8 +1,8 @@
 """Count how often an agent misses the ball in Breakout: `python -m benchmarks.misses models/breakout-v0 --games 36`.
 
-Plays real games as `a3c-test.py` does, and prints a table: how many balls came down to the paddle and which share of
-them was missed, by the score at that time and by the speed of the ball's fall, in pixels of the screen per frame.
-Where the ball is, and how it moves, is read from the console's memory.
+Plays the registered Breakout-v0 as `a3c-test.py` does, and prints a table: how many balls came down to the paddle and
+which share of them was missed, by the score at that time and by the speed of the ball's fall, in pixels of the screen
+per frame. Where the ball is, and how it moves, is read from the console's memory.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import startup
 from environment import find_game, make_watching_env
 from startup import UserError, tf
 
-watching = importlib.import_module("a3c-test")
+watching = importlib.import_module("a3c-test")  # no name that `import` can say
 
 BALL_Y, SPEED_Y = 101, 103  # bytes of the console's memory: the ball's height and its vertical speed, negative upwards
 SPEEDS = {1: 1.5, 2: 2.0, 3: 3.4}  # what a falling ball's speed byte means in pixels per frame

@@ -5,7 +5,7 @@ import startup  # isort: skip  # first: it sets TensorFlow up
 import collections
 import contextlib
 import csv
-import importlib.util
+import importlib
 import json
 import os
 import resource
@@ -368,9 +368,7 @@ def tensorboard(folder):
 # The programs that are not modules of the package, and their pictures.
 
 SHIPPED = ROOT / "models/breakout-v0"
-_spec = importlib.util.spec_from_file_location("watching", ROOT / "a3c-test.py")  # no name that `import` can say
-watching = sys.modules["watching"] = importlib.util.module_from_spec(_spec)  # tyro looks its source up
-_spec.loader.exec_module(watching)
+watching = importlib.import_module("a3c-test")  # no name that `import` can say
 
 
 @pytest.fixture
