@@ -3,8 +3,7 @@
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4 and supplement 3;
 `network.py` of hiwonjoon/tf-a3c-gpu for the layers, the initial weights and the average-norm clip.
 
-Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution, H units of the hidden
-layer, U units of the LSTM.
+Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution, U units of the LSTM.
 """
 
 import math
@@ -13,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from environment import history_to_frames
+from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
 GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # variance of an initial weight times its layer's inputs; others 2
 FORGET_BIAS = 1.0  # an LSTM begins by keeping 0.73 of what it knows
+HIDDEN_UNITS = 256
 ADAM_BETAS = 0.9, 0.999
 
 
@@ -32,7 +32,7 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
 
 
 class ActorCritic(tf.Module):
-    """Convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
+    """Two convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
 
     Another layer needs a shape in `__init__` and a line in `__call__`. All variables are in `weights` and `biases`, by
     layer: only these are saved. A new argument of `__init__` is also passed on by `a3c.make_network` and
@@ -42,14 +42,12 @@ class ActorCritic(tf.Module):
       num_actions: A.
       seed: of the initial weights.
       compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
-      filters: of the first convolution; the others have twice as many.
+      filters: of the first convolution; the second has twice as many.
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.
       input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" divides them by 256, and
         begins with weights that keep their size (He et al. 2015): what an LSTM is made for.
-      network: "original" has two padded convolutions and H = 256; "nature" is DQN's (Mnih et al. 2015, "Human-level
-        control through deep reinforcement learning"): three without padding, H = 512.
     """
 
     def __init__(
@@ -61,22 +59,19 @@ class ActorCritic(tf.Module):
         background: int = 0,
         lstm: int = 0,
         input_scale: str = "raw",
-        network: str = "original",
     ):
         super().__init__()
         self.num_actions, self.compute_dtype, self.lstm = num_actions, tf.as_dtype(compute_dtype), lstm
-        self.padding, side, hidden = ("VALID", 7, 512) if network == "nature" else ("SAME", 11, 256)
+        flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
         shapes = {
             "conv1": [8, 8, 4, filters],
             "conv2": [4, 4, filters, 2 * filters],
-            "hidden": [side * side * 2 * filters, hidden],
-            "policy": [lstm or hidden, num_actions],
-            "value": [lstm or hidden, 1],
+            "hidden": [flat, HIDDEN_UNITS],
+            "policy": [lstm or HIDDEN_UNITS, num_actions],
+            "value": [lstm or HIDDEN_UNITS, 1],
         }
         if lstm:
-            shapes["lstm"] = [hidden + lstm, 4 * lstm]
-        if network == "nature":
-            shapes["conv3"] = [3, 3, 2 * filters, 2 * filters]
+            shapes["lstm"] = [HIDDEN_UNITS + lstm, 4 * lstm]
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
             normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
@@ -106,12 +101,10 @@ class ActorCritic(tf.Module):
         # oneDNN computes the gradient of `bias_add` along with that of the convolution, in float32. In bfloat16 it is
         # summed one number at a time in bfloat16, and up to half of it was lost; that of `tf.add` is off by 0.3 %.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
-        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, self.padding), b["conv1"]))  # 21 x 21, or 20 x 20 unpadded
-        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, self.padding), b["conv2"]))  # 11 x 11, or 9 x 9 unpadded
-        if "conv3" in w:
-            x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv3"], 1, self.padding), b["conv3"]))  # [B, 7, 7, 2F]
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv1"], 4, "SAME"), b["conv1"]))  # [B, 21, 21, F]
+        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
-        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, H]
+        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, HIDDEN_UNITS]
         if self.lstm:
             state = lstm_step(x, state, w["lstm"], b["lstm"])
             x = tf.cast(state[:, : self.lstm], self.compute_dtype)  # [B, U]

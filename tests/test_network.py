@@ -5,7 +5,6 @@ import pytest
 from conftest import heads
 
 import network as net
-from environment import history_to_frames
 from startup import tf
 
 T, B, A = 5, 3, 4  # unroll steps, games, actions
@@ -263,30 +262,6 @@ def test_network_has_the_originals_shapes_and_as_many_filters_as_asked(filters):
     assert len(network.trainable_variables) == 10
     logits, value = heads(network, random_history(num_games=3))
     assert (logits.shape, value.shape) == ([3, 6], [3])
-
-
-def test_nature_network_is_that_of_the_paper():
-    network, history = net.ActorCritic(6, 2, network="nature"), random_history(num_games=2)
-    assert {name: tuple(v.shape) for name, v in network.weights.items()} == {
-        "conv1": (8, 8, 4, 32),
-        "conv2": (4, 4, 32, 64),
-        "conv3": (3, 3, 64, 64),
-        "hidden": (3136, 512),
-        "policy": (512, 6),
-        "value": (512, 1),
-    }
-    w = {name: variable.numpy().astype(np.float64) for name, variable in network.weights.items()}
-    b = {name: np.random.default_rng(0).normal(size=variable.shape) for name, variable in network.biases.items()}
-    for name, variable in network.biases.items():
-        variable.assign(b[name])
-    x = history_to_frames(history).numpy()
-    for layer, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
-        size = len(w[layer])
-        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
-        x = np.maximum(np.einsum("nxycij,ijcf->nxyf", patches, w[layer], optimize=True) + b[layer], 0)
-    assert x.shape == (2, 7, 7, 64)
-    x = np.maximum(x.reshape(2, -1) @ w["hidden"] + b["hidden"], 0)
-    np.testing.assert_allclose(heads(network, history)[0], x @ w["policy"] + b["policy"], rtol=1e-3, atol=1e-3)
 
 
 def test_initial_weights_have_the_originals_spread():
