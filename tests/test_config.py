@@ -49,6 +49,7 @@ def test_defaults_are_the_originals():
         "entropy_beta": 0.01,
         "value_weight": 1.0,
         "subtract_background": False,
+        "network": "original",
         "filters": 32,
         "input_scale": "raw",
         "lstm": 0,
@@ -172,6 +173,7 @@ def test_every_field_is_a_flag_and_none_gives_the_defaults():
         "compute_dtype": "bfloat16",
         "optimizer": "adam",
         "input_scale": "unit",
+        "network": "pooled",
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     assert a3c.parse_config(flags) == Config(**values)

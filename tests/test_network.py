@@ -5,6 +5,7 @@ import pytest
 from conftest import heads
 
 import network as net
+from environment import history_to_frames
 from startup import tf
 
 T, B, A = 5, 3, 4  # unroll steps, games, actions
@@ -262,6 +263,27 @@ def test_network_has_the_originals_shapes_and_as_many_filters_as_asked(filters):
     assert len(network.trainable_variables) == 10
     logits, value = heads(network, random_history(num_games=3))
     assert (logits.shape, value.shape) == ([3, 6], [3])
+
+
+def test_pooled_network_takes_the_maximum_of_a_finer_convolution():
+    network, history = net.ActorCritic(6, 2, network="pooled", filters=16), random_history(num_games=2)
+    w = {name: variable.numpy().astype(np.float64) for name, variable in network.weights.items()}
+    b = {name: np.random.default_rng(0).normal(size=variable.shape) for name, variable in network.biases.items()}
+    for name, variable in network.biases.items():
+        variable.assign(b[name])
+
+    def convolve(x, layer):
+        size = len(w[layer])
+        x = np.pad(x, [(0, 0), (1, 2), (1, 2), (0, 0)])
+        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::2, ::2]
+        return np.maximum(np.einsum("nxycij,ijcf->nxyf", patches, w[layer], optimize=True) + b[layer], 0)
+
+    x = convolve(history_to_frames(history).numpy(), "conv1")
+    assert x.shape == (2, 42, 42, 16)
+    x = convolve(x.reshape(2, 21, 2, 21, 2, 16).max(axis=(2, 4)), "conv2")
+    assert x.shape == (2, 11, 11, 32)
+    x = np.maximum(x.reshape(2, -1) @ w["hidden"] + b["hidden"], 0)
+    np.testing.assert_allclose(heads(network, history)[0], x @ w["policy"] + b["policy"], rtol=1e-3, atol=1e-3)
 
 
 def test_initial_weights_have_the_originals_spread():

@@ -47,10 +47,11 @@ def test_network_is_made_as_the_config_says():
     plain = a3c.make_network(a3c.Config(compute_dtype="float32", **asked), game, "/CPU:0")
     assert "input" not in plain.biases
     assert plain.make_copy().compute_dtype == tf.float32
-    recurrent = {"lstm": 3, "input_scale": "unit", "optimizer": "adam", "adam_epsilon": 1e-2}
-    recurrent = a3c.make_network(a3c.Config(**recurrent, **asked), game, "/CPU:0")
-    assert (recurrent.optimizer, recurrent.epsilon, recurrent.lstm) == ("adam", 1e-2, 3)
-    assert "input" in recurrent.make_copy().weights
+    other = {"lstm": 3, "input_scale": "unit", "optimizer": "adam", "adam_epsilon": 1e-2, "network": "pooled"}
+    other = a3c.make_network(a3c.Config(**other, **asked), game, "/CPU:0")
+    assert (other.optimizer, other.epsilon, other.lstm) == ("adam", 1e-2, 3)
+    assert "input" in other.make_copy().weights
+    assert other.make_copy().pooled
     expected = ActorCritic(game.num_actions, seed=7, filters=2)
     for mine, theirs in zip(plain.trainable_variables, expected.trainable_variables, strict=True):
         np.testing.assert_array_equal(mine, theirs)
