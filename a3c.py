@@ -63,14 +63,14 @@ class Config:
 
     learning_rate: Positive = 2.5e-4  # at the start; falls in a straight line to a tenth, where it stays
     annealing_steps: Steps | None = None  # agent steps over which the rate falls; None is half of the run
-    anneal_entropy: bool = False  # entropy_beta falls to a tenth together with the learning rate; else it stays
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # each has its own best learning_rate
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
     adam_epsilon: Epsilon = 1e-5  # added to Adam's root of the mean square
     grad_clip: Positive | None = 0.1  # limit of each gradient tensor's L2 norm / number of elements; None: no limit
     global_clip: Positive | None = None  # limit of the L2 norm of all gradients together; None: no limit
-    entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss
+    entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss, at the start
+    entropy_annealing_steps: Steps | None = None  # agent steps over which it falls to a tenth, too; None: it stays
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
@@ -111,15 +111,16 @@ class Config:
 
     def learning_rate_at(self, agent_steps: int) -> float:
         """Return the learning rate of the update after so many agent steps."""
-        return self.learning_rate * self._annealed(agent_steps)
+        return self.learning_rate * _annealed(agent_steps, self.annealing_steps or self.total_steps / 2)
 
     def entropy_beta_at(self, agent_steps: int) -> float:
         """Return the entropy's weight of the update after so many agent steps."""
-        return self.entropy_beta * (self._annealed(agent_steps) if self.anneal_entropy else 1.0)
+        return self.entropy_beta * _annealed(agent_steps, self.entropy_annealing_steps or math.inf)
 
-    def _annealed(self, agent_steps: int) -> float:
-        """Return what is left, 1 to 0.1, of what falls over `annealing_steps`."""
-        return 1.0 - 0.9 * min(1.0, agent_steps / (self.annealing_steps or self.total_steps / 2))
+
+def _annealed(agent_steps: int, length: float) -> float:
+    """Return what is left, 1 to 0.1, of what falls over so many agent steps."""
+    return 1.0 - 0.9 * min(1.0, agent_steps / length)
 
 
 # What `--preset` changes. What each change does to the score and to the speed is in docs/results.md.
@@ -132,7 +133,7 @@ PRESETS = {
         "filters": 16,  # a third faster
         "learning_rate": 3e-4,
         "annealing_steps": 10_000_000,
-        "anneal_entropy": True,
+        "entropy_annealing_steps": 10_000_000,
         "global_clip": 2.0,  # a burst of large gradients does not break the policy
     },
 }

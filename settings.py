@@ -94,6 +94,11 @@ def read_config(path: str) -> dict:
                     config[name] = config[was] * batch
             if "given" in config:
                 config["given"] = [*config["given"], *lengths]
+        if "anneal_entropy" in config:  # of a newer one, in which the entropy fell along with the learning rate
+            length = config.get("annealing_steps") or config["max_agent_steps"] // 2
+            config["entropy_annealing_steps"] = length if config["anneal_entropy"] else None
+            if "anneal_entropy" in config.get("given", []):
+                config["given"] = [*config["given"], "entropy_annealing_steps"]
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -288,18 +288,18 @@ def test_copies_in_bfloat16_train_the_shared_network_in_float32(make_config):
         np.testing.assert_array_equal(mine, tf.cast(theirs, tf.bfloat16))
 
 
-@pytest.mark.parametrize("anneal_entropy", [True, False])
-def test_update_takes_the_learning_rate_and_the_weight_of_the_entropy_of_its_steps(anneal_entropy, make_config):
-    config = make_config(learning_rate=1e-3, entropy_beta=0.01, annealing_steps=30, anneal_entropy=anneal_entropy)
+@pytest.mark.parametrize("length, falls", [(15, [1, 0.4, 0.1, 0.1, 0.1]), (None, [1, 1, 1, 1, 1])])
+def test_update_takes_the_learning_rate_and_the_weight_of_the_entropy_of_its_steps(length, falls, make_config):
+    lengths = {"annealing_steps": 30, "entropy_annealing_steps": length}
+    config = make_config(learning_rate=1e-3, entropy_beta=0.01, **lengths)
     agent = make_agent(ScriptedEnv(np.ones([5, 2])), config)  # an update has 10 agent steps
     updates = record_updates(agent)
     weights, rollout = [], agent.rollout
     agent.rollout = lambda *inputs: weights.append(inputs[3]) or rollout(*inputs)
     for _ in range(5):
         agent.iterate()
-    left = np.array([1, 0.7, 0.4, 0.1, 0.1])
-    np.testing.assert_allclose([rate for _, rate in updates], 1e-3 * left, rtol=1e-6)
-    np.testing.assert_allclose(weights, 0.01 * left if anneal_entropy else [0.01] * 5, rtol=1e-6)
+    np.testing.assert_allclose([rate for _, rate in updates], [1e-3, 7e-4, 4e-4, 1e-4, 1e-4], rtol=1e-6)
+    np.testing.assert_allclose(weights, 0.01 * np.array(falls), rtol=1e-6)
 
 
 def test_copy_equals_the_shared_network_after_an_update(make_config):

@@ -39,7 +39,6 @@ def test_defaults_are_the_originals():
         "reward_clip": 1.0,
         "learning_rate": 2.5e-4,
         "annealing_steps": None,
-        "anneal_entropy": False,
         "optimizer": "rmsprop",
         "adam_epsilon": 1e-5,
         "decay": 0.99,
@@ -47,6 +46,7 @@ def test_defaults_are_the_originals():
         "grad_clip": 0.1,
         "global_clip": None,
         "entropy_beta": 0.01,
+        "entropy_annealing_steps": None,
         "value_weight": 1.0,
         "subtract_background": False,
         "network": "original",
@@ -151,9 +151,9 @@ def test_learning_rate_falls_to_a_tenth_in_a_line_over_the_steps_asked_for_or_ha
     np.testing.assert_allclose(rates, [2e-3, 1.1e-3, 2e-4, 2e-4, 2e-4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("anneal, expected", [(False, [0.02] * 4), (True, [0.02, 0.011, 0.002, 0.002])])
-def test_weight_of_the_entropy_falls_with_the_learning_rate_where_asked(anneal, expected):
-    config = Config(entropy_beta=0.02, annealing_steps=100, anneal_entropy=anneal)
+@pytest.mark.parametrize("length, expected", [(None, [0.02] * 4), (100, [0.02, 0.011, 0.002, 0.002])])
+def test_weight_of_the_entropy_falls_to_a_tenth_in_a_line_where_asked(length, expected):
+    config = Config(entropy_beta=0.02, annealing_steps=10, entropy_annealing_steps=length)
     np.testing.assert_allclose([config.entropy_beta_at(steps) for steps in (0, 50, 100, 10**6)], expected, rtol=1e-6)
 
 

@@ -82,6 +82,21 @@ def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_check
     assert a3c.Config(**given).learning_rate_at(80_000) == pytest.approx(2.5e-5)
 
 
+@pytest.mark.row(n=28)
+@pytest.mark.parametrize(
+    "annealing_steps, falls, expected", [(1000, True, 1000), (None, True, 4000), (1000, False, None)]
+)
+def test_run_whose_entropy_fell_along_with_the_learning_rate_keeps_its_schedule(
+    tmp_path, annealing_steps, falls, expected
+):
+    Resumable(tmp_path, filters=1).save(3)
+    old = {**config_of(SHIPPED), "max_agent_steps": 8000, "annealing_steps": annealing_steps, "anneal_entropy": falls}
+    old.pop("given", None)
+    for given in {}, {"given": ["anneal_entropy"]}:
+        (tmp_path / "config.json").write_text(json.dumps(old | given))
+        assert a3c.given_to_run(str(tmp_path)).get("entropy_annealing_steps") == expected
+
+
 def shown(figure):
     legends = [*figure.legends, *filter(None, [figure.axes[0].get_legend()])]
     return [text.get_text() for legend in legends for text in legend.get_texts()]
