@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import gymnasium
 import numpy as np
 
-from environment import FRAME_SIZE, empty_history, push_frame
+from environment import FRAME_SIZE, empty_history, preprocess, push_frame
 from network import Losses, SharedNetwork, a3c_loss, clip_gradients, draw_action, n_step_returns
 from progress import Progress
 from startup import UserError, tf
@@ -31,12 +31,13 @@ class GroupAgent:
 
     Args:
       index: number of the group, from 0.
-      make_envs: builds B games with same-step autoreset, once the thread runs; observations [B, 1, 84, 84] uint8;
+      make_envs: builds B games with same-step autoreset, once the thread runs; observations [B, 1, H, W] uint8;
         rewards are raw scores.
       shared: the network to train.
       progress: counts the updates; its lock is held during each.
       config: the hyperparameters.
       on_update: called with this update's losses while the lock is held.
+      size: H, W of the observations.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class GroupAgent:
         progress: Progress,
         config: "Config",
         on_update: Callable[[Losses], None],
+        size: tuple[int, int] = (FRAME_SIZE, FRAME_SIZE),
     ):
         self.index, self.make_envs, self.shared, self.progress, self.config = index, make_envs, shared, progress, config
-        self.on_update = on_update
+        self.on_update, self.size = on_update, size
         self.network = shared.make_copy()
         self.envs = None
         # What the next actions are for. The state is that of an LSTM which has not yet seen the newest frame.
@@ -102,7 +104,7 @@ class GroupAgent:
     def reset(self) -> None:
         """Start all games, and take the shared weights."""
         frame, _ = self.envs.reset(seed=self.seeds[1:])
-        self.history = push_frame(self.history, frame[:, -1], np.ones(self.envs.num_envs, bool))
+        self.history = push_frame(self.history, preprocess(frame[:, -1]), np.ones(self.envs.num_envs, bool))
         self.state = tf.zeros_like(self.state)
         with self.progress.lock:  # where a lost host made this group begin again, others have learnt meanwhile
             self.network.copy_from(self.shared)
@@ -147,8 +149,8 @@ class GroupAgent:
             for step in range(config.unroll_step):
                 logit, value, state = network(history, state)
                 action = draw_action(logit, tf.add(seed, [0, step]))
-                frame, reward, done, return_ends = self._step_in_graph(action)
-                history = push_frame(history, frame, done)
+                screen, reward, done, return_ends = self._step_in_graph(action)
+                history = push_frame(history, preprocess(screen), done)
                 state = tf.where(done[:, None], 0.0, state)  # where a game ended, the next frame is another's first
                 if config.reward_clip is not None:
                     reward = tf.clip_by_value(reward, -config.reward_clip, config.reward_clip)
@@ -175,7 +177,7 @@ class GroupAgent:
         self.network.copy_from(self.shared)
 
     def _step_in_graph(self, action):
-        """Let the graph call `step`: frame [B, 84, 84] uint8, reward [B] float32, done and return_ends [B] bool."""
+        """Let the graph call `step`: screen [B, H, W] uint8, reward [B] float32, done and return_ends [B] bool."""
         agent = weakref.proxy(self)  # TensorFlow keeps `step` as long as the process lives
 
         def step(action):
@@ -188,19 +190,19 @@ class GroupAgent:
         with tf.device("/CPU:0"):
             outputs = tf.numpy_function(step, [action], [tf.uint8, tf.float32, tf.bool, tf.bool])
         num_envs = self.config.agents_per_thread
-        shapes = [[num_envs, FRAME_SIZE, FRAME_SIZE], [num_envs], [num_envs], [num_envs]]
+        shapes = [[num_envs, *self.size], [num_envs], [num_envs], [num_envs]]
         return [tf.ensure_shape(output, shape) for output, shape in zip(outputs, shapes, strict=True)]
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Take one step in each game and keep the scores.
 
-        Returns the frames [B, 84, 84] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
+        Returns the screens [B, H, W] uint8, the raw rewards [B] float32, whether the games are over [B] bool, and
         whether returns end here [B] bool: with a game, or with a life. Raises FloatingPointError if an action is out of
         range, because the logits it was drawn from are not finite.
         """
         if action.min() < 0 or action.max() >= self.shared.num_actions:  # would hang the native environments
             raise FloatingPointError(f"iteration {self.progress.iteration}: the policy's logits are not finite")
-        frame, reward, terminated, truncated, info = self.envs.step(action)
+        screen, reward, terminated, truncated, info = self.envs.step(action)
         done = terminated | truncated
         self.steps += 1
         self.alive_at = time.monotonic()
@@ -216,4 +218,4 @@ class GroupAgent:
             return_ends = done | (info["lives"] < self.lives)
             self.lives = info["lives"].copy()
 
-        return frame[:, -1], np.asarray(reward, np.float32), done, return_ends
+        return screen[:, -1], np.asarray(reward, np.float32), done, return_ends

@@ -3,8 +3,8 @@ r"""Atari: what a game is, many games at once for training, one real game for wa
     Training                                   Watching (`a3c-test.py`)
     AtariVectorEnv, B games in C++             gymnasium.make(game), one by one
       grey 210x160 by ALE's palette              grey 210x160 by ALE's palette
-      area resize to 84x84, uint8                area resize to 84x84, uint8   (equal within 1 grey level)
                         \                       /
+                      area resize to 84x84, uint8
                       history of 4 frames [B, 84, 84] uint32
                       bitcast -> [B, 84, 84, 4] uint8, oldest frame first
 
@@ -12,6 +12,7 @@ Source: `async_agent.py` and `history_buffer.py` of hiwonjoon/tf-a3c-gpu; Mnih e
 """
 
 import difflib
+import math
 import warnings
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Game(NamedTuple):
     id: str  # "Breakout-v0"
     rom: str  # "breakout"
     num_actions: int
+    screen: tuple[int, int]  # height and width, pixels
     background: int  # grey level, 0..255, of most of the screen in play
     repeat_action_probability: float  # sticky actions: chance that the emulator repeats the last action
     max_frames: int  # emulator frames after which a game is cut off
@@ -85,6 +87,7 @@ def find_game(game_id: str, frameskip: int | None = None, random_frameskip: bool
         id=game_id,
         rom=settings["game"],
         num_actions=int(env.action_space.n),
+        screen=env.observation_space.shape,
         background=_background(env),
         repeat_action_probability=settings["repeat_action_probability"],
         max_frames=settings["max_num_frames_per_episode"],
@@ -105,11 +108,16 @@ def _background(env: gymnasium.Env) -> int:
     return int(np.median(screen))
 
 
-def make_training_envs(game: Game, num_envs: int, num_threads: int) -> gymnasium.vector.VectorEnv:
+def make_training_envs(
+    game: Game, num_envs: int, num_threads: int, size: tuple[int, int] = (FRAME_SIZE, FRAME_SIZE)
+) -> gymnasium.vector.VectorEnv:
     """Build `num_envs` games that run in C++ without Python's global lock, on so many threads, at least one.
 
     A game that ends restarts in the same step, so every row of every step is play. Rewards are raw scores. Takes
     about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
+
+    Observations are [B, 1, *size] uint8. Unless `size` is `game.screen`, ALE resizes all frames, also those in a random
+    frame-skip that nobody sees. What it makes of them are those of `preprocess`, to within one grey level.
     """
     envs = AtariVectorEnv(
         game.rom,
@@ -118,8 +126,8 @@ def make_training_envs(game: Game, num_envs: int, num_threads: int) -> gymnasium
         max_num_frames_per_episode=game.max_frames,
         repeat_action_probability=game.repeat_action_probability,
         frameskip=1 if game.random_frameskip else game.frameskip,
-        img_height=FRAME_SIZE,
-        img_width=FRAME_SIZE,
+        img_height=size[0],
+        img_width=size[1],
         grayscale=True,
         stack_num=1,  # the history is kept beside the network, so that only the newest frame travels
         maxpool=game.max_pool,
@@ -216,9 +224,31 @@ class FrameByFrame(gymnasium.Wrapper):
 
 
 def preprocess(screens: tf.Tensor) -> tf.Tensor:
-    """Resize grey screens [B, H, W] uint8 to [B, 84, 84] uint8 by exact area, as the training environments do."""
-    resized = tf.image.resize(screens[..., None], [FRAME_SIZE, FRAME_SIZE], "area")
-    return tf.cast(tf.round(resized[..., 0]), tf.uint8)
+    """Resize grey screens [B, H, W] uint8 to [B, 84, 84] uint8 by exact area; what has that size already stays.
+
+    As `tf.image.resize` does it with "area", but in a third of the time on a CPU.
+    """
+    height, width = screens.shape[1:]
+    if height == width == FRAME_SIZE:
+        return screens
+    shares = area_shares(height)
+    taps = int(np.count_nonzero(shares, axis=0).max())  # rows of a screen that a row of a frame is made of
+    first = np.minimum((shares > 0).argmax(axis=0), height - taps)
+    rows = 0.0  # [B, 84, W]
+    for row in (first + tap for tap in range(taps)):
+        rows += tf.cast(tf.gather(screens, row, axis=1), tf.float32) * shares[row, range(FRAME_SIZE), None]
+    # The pattern of the columns repeats: 40 of 160 always make 21 of 84.
+    repeats = math.gcd(width, FRAME_SIZE)
+    columns = area_shares(width)[: width // repeats, : FRAME_SIZE // repeats]
+    frames = tf.reshape(rows, [-1, width // repeats]) @ columns
+    return tf.cast(tf.round(tf.reshape(frames, [-1, FRAME_SIZE, FRAME_SIZE])), tf.uint8)
+
+
+def area_shares(size: int) -> np.ndarray:
+    """Return what share [size, 84] float32 each of `size` pixels has in each of 84 that cover the same length."""
+    pixels, frame = FRAME_SIZE * np.arange(size)[:, None], size * np.arange(FRAME_SIZE)  # where each begins
+    overlaps = np.minimum(pixels + FRAME_SIZE, frame + size) - np.maximum(pixels, frame)
+    return np.float32(np.maximum(overlaps, 0) / size)
 
 
 # The history of a game is a shift register: four uint8 frames in one uint32, the newest in the highest byte.

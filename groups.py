@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from async_agent import GroupAgent
 from checkpoint import LAST, Saver
-from environment import Game, make_training_envs
+from environment import FRAME_SIZE, Game, make_training_envs
 from network import Losses, SharedNetwork
 from progress import Progress
 from report import Report
@@ -57,18 +57,21 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable]]:
-    """Yield the class of a group and what makes its games: in this process, or on hosts where `ray_address` is set."""
+def games_of(config: "Config", game: Game) -> Iterator[tuple[type[GroupAgent], Callable, tuple[int, int]]]:
+    """Yield the class of a group, what makes its games and the size [H, W] of what they show.
+
+    They are in this process, or on hosts where `ray_address` is set: then small frames travel, not screens.
+    """
     if config.ray_address is None:
         threads = cores_of_a_group(config.num_threads)
-        yield GroupAgent, lambda: make_training_envs(game, config.agents_per_thread, threads)
+        yield GroupAgent, lambda: make_training_envs(game, config.agents_per_thread, threads, game.screen), game.screen
         return
     try:
         import environment_hosts
     except ImportError as error:
         raise UserError(f"ray_address: {error}. Run: pip install -r requirements-ray.txt") from error
     with environment_hosts.connected(config, game) as make_envs:
-        yield environment_hosts.HostedAgent, make_envs
+        yield environment_hosts.HostedAgent, make_envs, (FRAME_SIZE, FRAME_SIZE)
 
 
 @dataclasses.dataclass
@@ -94,9 +97,9 @@ class Groups:
         Raises GroupFailure if a thread failed, TimeoutError if a group stalled, UserError if the report cannot be
         written, and what `Saver.save` raises. All threads have been stopped and, if possible, all is saved.
         """
-        with games_of(self.config, game) as (agent_class, make_envs):
+        with games_of(self.config, game) as (agent_class, *games):
             try:
-                self._start(agent_class, make_envs, device)
+                self._start(agent_class, *games, device)
                 while not self._is_over():
                     self._watch()
             finally:
@@ -107,13 +110,14 @@ class Groups:
     def _is_over(self) -> bool:
         return bool(self.signals) or self.coordinator.should_stop()
 
-    def _start(self, agent_class: type[GroupAgent], make_envs: Callable, device: str) -> None:
+    def _start(self, agent_class: type[GroupAgent], make_envs: Callable, size: tuple[int, int], device: str) -> None:
         """Start a thread for each group: they build their games in turn, and learn once all have begun to play."""
         config = self.config
         for index in range(config.num_threads):
             if self._is_over():
                 return
-            self.agents.append(agent_class(index, make_envs, self.shared, self.progress, config, self._on_update))
+            inputs = index, make_envs, self.shared, self.progress, config, self._on_update, size
+            self.agents.append(agent_class(*inputs))
         for agent in self.agents:
             name, inputs = f"group {agent.index}", [self.coordinator, device]
             self.threads.append(threading.Thread(target=agent.run, args=inputs, name=name, daemon=True))

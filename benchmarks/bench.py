@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import a3c
 from async_agent import GroupAgent
 from benchmarks.common import first_update, hardware, spread, train
-from environment import FRAME_SIZE, Game
+from environment import Game
 from groups import games_of
 from progress import Progress
 from report import Report
@@ -39,9 +39,9 @@ WARM_UP_UPDATES = 8  # of each group, not counted
 class StillEnvs(gymnasium.vector.VectorEnv):
     """Games in which nothing ever happens: what is left of a training step is the network."""
 
-    def __init__(self, num_envs: int):
+    def __init__(self, num_envs: int, size: tuple[int, int]):
         self.num_envs = num_envs
-        self.frame = np.random.default_rng(0).integers(0, 256, (num_envs, 1, FRAME_SIZE, FRAME_SIZE), np.uint8)
+        self.frame = np.random.default_rng(0).integers(0, 256, (num_envs, 1, *size), np.uint8)
         self.reward, self.ended = np.zeros(num_envs, np.int32), np.zeros(num_envs, bool)
         self.lives = np.zeros(num_envs, np.int32)
 
@@ -63,7 +63,7 @@ class Bench:
         self.shared, self.num_actions = a3c.make_network(config, game, device), game.num_actions
         self.times = []  # of updates
         self.hosts = contextlib.ExitStack()
-        self.agent_class, self.make_envs = self.hosts.enter_context(games_of(self.config, game))
+        self.agent_class, self.make_envs, self.size = self.hosts.enter_context(games_of(self.config, game))
 
     @functools.cached_property
     def envs(self) -> list[gymnasium.vector.VectorEnv]:
@@ -78,12 +78,14 @@ class Bench:
     @functools.cached_property
     def network_agents(self) -> list[GroupAgent]:
         """The groups with games that cost nothing."""
-        still = [StillEnvs(self.config.agents_per_thread) for _ in range(self.config.num_threads)]
+        still = [StillEnvs(self.config.agents_per_thread, self.size) for _ in range(self.config.num_threads)]
         return self._make_agents(GroupAgent, still)
 
     def _make_agents(self, agent_class: type[GroupAgent], all_envs: list) -> list[GroupAgent]:
         return [
-            agent_class(index, lambda envs=envs: envs, self.shared, self.progress, self.config, self.on_update)
+            agent_class(
+                index, lambda envs=envs: envs, self.shared, self.progress, self.config, self.on_update, self.size
+            )
             for index, envs in enumerate(all_envs)
         ]
 

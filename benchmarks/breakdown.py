@@ -30,6 +30,7 @@ from startup import tf
 PARTS = {
     "forward": (ActorCritic, "__call__"),
     "actions": (async_agent, "draw_action"),
+    "resize": (async_agent, "preprocess"),
     "history": (async_agent, "push_frame"),
     "returns": (async_agent, "n_step_returns"),
     "loss": (async_agent, "a3c_loss"),
@@ -56,7 +57,7 @@ def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
 
         return call
 
-    envs = make_training_envs(game, config.agents_per_thread, 1)
+    envs = make_training_envs(game, config.agents_per_thread, 1, game.screen)
     step = envs.step
 
     def timed_step(actions):
@@ -68,7 +69,7 @@ def make_agent(config: a3c.Config, game, device: str) -> async_agent.GroupAgent:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
         shared, progress = a3c.make_network(config, game, device), Progress(1, config.agents_per_thread)
-        agent = async_agent.GroupAgent(0, None, shared, progress, config, lambda losses: None)
+        agent = async_agent.GroupAgent(0, None, shared, progress, config, lambda losses: None, game.screen)
     agent.envs = envs
     agent.reset()
     return agent

@@ -253,8 +253,15 @@ def heads(network, history):
 
 
 def use_games(monkeypatch, *envs):
-    """Let the groups play `envs`."""
-    waiting = list(envs)
+    """Let the groups play `envs`, which show frames, not screens."""
+    waiting, games_of = list(envs), groups.games_of
+
+    @contextlib.contextmanager
+    def small_games_of(*arguments):
+        with games_of(*arguments) as (agent_class, make_envs, _):
+            yield agent_class, make_envs, (84, 84)
+
+    monkeypatch.setattr(groups, "games_of", small_games_of)
     monkeypatch.setattr(groups, "make_training_envs", lambda *_: waiting.pop(0))
 
 

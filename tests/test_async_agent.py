@@ -25,12 +25,12 @@ NUM_ACTIONS = 4
 NOOP = np.zeros(2, np.int32)
 
 
-def make_agent(env, config, *, index=0, shared=None, progress=None, on_update=lambda losses: None):
-    """Return an agent whose games have begun."""
+def make_agent(env, config, *, index=0, shared=None, progress=None, on_update=lambda losses: None, size=(84, 84)):
+    """Return an agent whose games have begun, in which they show frames of `size`."""
     layers = {"filters": config.filters, "lstm": config.lstm, "input_scale": config.input_scale}
     shared = shared or SharedNetwork(NUM_ACTIONS, config.decay, config.random_seed, **layers)
     progress = progress or Progress(config.num_threads, env.num_envs)
-    agent = GroupAgent(index, lambda: env, shared, progress, config, on_update)
+    agent = GroupAgent(index, lambda: env, shared, progress, config, on_update, size)
     agent.envs = agent.make_envs()
     agent.reset()
     return agent
@@ -138,6 +138,15 @@ def test_history_is_emptied_where_a_game_ended(make_config):
     black = np.zeros([84, 84])
     np.testing.assert_array_equal(found[0], np.stack([black, black, env.frames[2, 0], env.frames[3, 0]], axis=-1))
     np.testing.assert_array_equal(found[1], np.stack(env.frames[:, 1], axis=-1))
+
+
+def test_history_holds_screens_made_small(make_config):
+    env = ScriptedEnv(np.zeros([2, 2]))
+    env.frames = np.random.default_rng(1).integers(1, 256, [3, 2, 210, 160], np.uint8)
+    agent = make_agent(env, make_config(unroll_step=2), size=(210, 160))
+    agent.iterate()
+    small = np.stack([environment.preprocess(screens) for screens in env.frames], axis=-1)  # [B, 84, 84, 3]
+    np.testing.assert_array_equal(history_to_frames(agent.history)[..., 1:], small)
 
 
 @pytest.mark.parametrize("gae_lambda, value_weight", [(1.0, 1.0), (0.8, 0.5)])
@@ -479,7 +488,8 @@ def test_one_thread_repeats_bit_for_bit_with_the_same_seed(make_config):
     def train(seed):
         config = make_config(random_seed=seed)
         losses = []
-        agent = make_agent(make_training_envs(game, 2, 1), config, on_update=losses.append)
+        envs = make_training_envs(game, 2, 1, game.screen)
+        agent = make_agent(envs, config, on_update=losses.append, size=game.screen)
         for _ in range(6):
             agent.iterate()
         return losses, all_weights(agent.shared)

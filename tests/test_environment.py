@@ -18,8 +18,9 @@ def native():
     """Return a function that builds the training environment of a game, one copy on one core, changed as asked."""
     built = []
 
-    def build(game_id, num_envs=1, **changes):
-        built.append(environment.make_training_envs(find_game(game_id)._replace(**changes), num_envs, num_threads=1))
+    def build(game_id, num_envs=1, size=(84, 84), **changes):
+        game = find_game(game_id)._replace(**changes)
+        built.append(environment.make_training_envs(game, num_envs, num_threads=1, size=size))
         return built[-1]
 
     yield build
@@ -43,7 +44,7 @@ def native():
 def test_game_has_the_settings_of_its_registration(
     game_id, rom, frameskip, frameskip_range, sticky, num_actions, background
 ):
-    expected = (game_id, rom, num_actions, background, sticky, 108_000, frameskip, frameskip_range, False)
+    expected = (game_id, rom, num_actions, (210, 160), background, sticky, 108_000, frameskip, frameskip_range, False)
     assert tuple(find_game(game_id)) == (*expected, False, 0, False)
     assert find_game(game_id, random_frameskip=True).random_frameskip == (frameskip_range is not None)
     assert not find_game(game_id, frameskip=5, random_frameskip=True).random_frameskip
@@ -75,12 +76,19 @@ def area_resize(screen):
     return np.repeat(rows, 84, axis=1).reshape(84, 84, width).mean(2)
 
 
-def test_preprocess_averages_equal_areas():
+@pytest.mark.parametrize("height", [210, 250, 214, 84])  # of most games; of Air Raid; of Carnival; as wide as a frame
+def test_preprocess_averages_equal_areas(height):
     for least in (0, 255):  # noise; white, which must not overflow
-        screen = np.random.default_rng(0).integers(least, 256, [210, 160], np.uint8)
-        frame = environment.preprocess(screen[None])[0].numpy()
-        assert frame.dtype == np.uint8
-        assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
+        screens = np.random.default_rng(0).integers(least, 256, [2, height, 160], np.uint8)
+        frames = environment.preprocess(screens).numpy()
+        assert frames.dtype == np.uint8
+        for screen, frame in zip(screens, frames, strict=True):
+            assert np.abs(frame - area_resize(screen)).max() < 0.501  # rounded to the nearest
+
+
+def test_preprocess_leaves_what_is_a_frame():
+    frames = np.random.default_rng(0).integers(0, 256, [2, 84, 84], np.uint8)
+    np.testing.assert_array_equal(environment.preprocess(frames), frames)
 
 
 def watched(game, monkeypatch, noops=0):
@@ -113,16 +121,17 @@ FRAMES = {"max_pool": True, "noop_max": 5, "fire_reset": True}
     ],
 )
 def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, monkeypatch, game_id, changes):
-    """Without sticky actions and with one frame-skip both play the same game: up to one grey level, for 200 steps."""
+    """Without sticky actions and with one frame-skip both play the same game for 200 steps: screens and rewards."""
     game = find_game(game_id, **changes)
-    envs = native(game_id, repeat_action_probability=0.0, **changes)
+    envs = native(game_id, size=game.screen, repeat_action_probability=0.0, **changes)
     frame, info = envs.reset(seed=3)
     watching = watched(game, monkeypatch, noops=int(info["episode_frame_number"][0]))
     screen, same_info = watching.reset(seed=3)
     assert same_info["episode_frame_number"] == info["episode_frame_number"][0]
     rng = np.random.default_rng(1)
-    differences, paid = [np.abs(environment.preprocess(screen[None])[0].numpy() - frame[0, 0].astype(int)).max()], 0
-    for step in range(200):
+    np.testing.assert_array_equal(frame[0, 0], screen)
+    paid = 0
+    for _ in range(200):
         action = int(rng.integers(game.num_actions))
         frame, reward, terminated, _, info = envs.step(np.array([action]))
         screen, same_reward, same_terminated, _, same_info = watching.step(action)
@@ -131,12 +140,25 @@ def test_watching_shows_the_pixels_and_pays_the_rewards_of_training(native, monk
         if terminated[0]:  # and the game of training has begun anew
             break
         assert info["lives"][0] == same_info["lives"]
-        if step % 8 == 0:
-            differences.append(np.abs(environment.preprocess(screen[None])[0].numpy() - frame[0, 0].astype(int)).max())
+        np.testing.assert_array_equal(frame[0, 0], screen)
     watching.close()
     assert frame.std() > 5  # there is something to see
     assert paid > 0
-    assert max(differences) <= 1
+
+
+@pytest.mark.parametrize("game_id", ["Breakout-v0", "Pong-v0", "ALE/AirRaid-v5"])
+def test_frames_that_ale_resizes_are_those_of_preprocess_to_one_grey_level(native, game_id):
+    """What hosts send. Both play the same game."""
+    game = find_game(game_id)
+    small, large = native(game_id, 2), native(game_id, 2, size=game.screen)
+    small.reset(seed=3)
+    large.reset(seed=3)
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        action = rng.integers(game.num_actions, size=2)
+        frames, screens = small.step(action)[0][:, 0], large.step(action)[0][:, 0]
+        assert np.abs(environment.preprocess(screens).numpy() - frames.astype(int)).max() <= 1
+    assert frames.std() > 5
 
 
 @pytest.mark.row(n=37)

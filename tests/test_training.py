@@ -88,9 +88,11 @@ def test_groups_of_a_process_that_was_stopped_for_long_are_not_taken_for_stalled
 @pytest.mark.parametrize("cores, num_threads, share", [(16, 4, 4), (5, 2, 2), (2, 4, 1)])
 def test_games_of_a_group_get_its_share_of_the_cores(monkeypatch, cores, num_threads, share):
     monkeypatch.setattr(startup, "available_cores", lambda: cores)
-    monkeypatch.setattr(groups, "make_training_envs", lambda game, num_envs, num_threads: (num_envs, num_threads))
-    with groups.games_of(a3c.Config(num_threads=num_threads), None) as (_, make_envs):
-        assert make_envs() == (64, share)
+    monkeypatch.setattr(groups, "make_training_envs", lambda game, *arguments: arguments)
+    game = find_game("ALE/AirRaid-v5")
+    with groups.games_of(a3c.Config(num_threads=num_threads), game) as (_, make_envs, size):
+        assert make_envs() == (64, share, size)
+    assert size == (250, 160)
 
 
 def test_progress_csv_has_a_row_for_each_summary_period(trained):
