@@ -44,6 +44,7 @@ class Flags:
     game: str | None = None  # an Atari id of ale-py; None is the one in the config.json beside the checkpoint
     device: str = "auto"  # auto, cpu, gpu or gpu:N
     iter: settings.Count = 100  # games to play
+    newest: bool = False  # play the newest weights, also where the run has kept an average of them (average_window)
     policy: Literal["greedy", "softmax"] = "greedy"  # the likeliest action, or one drawn from the policy
     epsilon: settings.Fraction = 0.01  # share of random actions in the greedy policy; 0.01 as in the original
     seed: settings.CountOrZero = 0  # game i is played with seed + i
@@ -170,7 +171,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     game = find_game(flags.game or config["game"], frameskip, **as_trained)
     device = startup.choose_device(flags.device)
     with tf.device(device), contextlib.ExitStack() as stack:
-        network, iteration = checkpoint.load_network(model, game.num_actions)
+        network, iteration = checkpoint.load_network(model, game.num_actions, flags.newest)
         graph = tf.function(functools.partial(decide, network), autograph=False)
         policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
         print(f"{game.id}, {model} after {iteration:,} updates, {policy}, on {device.strip('/')}", flush=True)

@@ -72,6 +72,7 @@ class Config:
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss, at the start
     entropy_annealing_steps: Steps | None = None  # agent steps over which it falls to a tenth, too; None: it stays
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
+    average_window: Fraction = 0.0  # also keep the mean network of this last part of the run, to be played; 0: do not
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
     input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights to match
@@ -116,6 +117,13 @@ class Config:
     def entropy_beta_at(self, agent_steps: int) -> float:
         """Return the entropy's weight of the update after so many agent steps."""
         return self.entropy_beta * _annealed(agent_steps, self.entropy_annealing_steps or math.inf)
+
+    def average_rate_at(self, iteration: int) -> float:
+        """Return how far the average network goes towards the newest with the update after so many updates, 0 to 1.
+
+        So a network is forgotten by the power `1 / average_window` of how much longer the run has become since.
+        """
+        return 1 / max(1.0, self.average_window * (iteration + 1))
 
 
 def _annealed(agent_steps: int, length: float) -> float:
@@ -216,6 +224,7 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
         epsilon=config.adam_epsilon if config.optimizer == "adam" else config.rmsprop_epsilon,
         copies_dtype=choose_dtype(config.compute_dtype, device),
         optimizer=config.optimizer,
+        average=config.average_window > 0,
         filters=config.filters,
         background=game.background if config.subtract_background else 0,
         lstm=config.lstm,

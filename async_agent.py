@@ -70,7 +70,7 @@ class GroupAgent:
         seed, scalar = tf.TensorSpec([2], tf.int32), tf.TensorSpec([])
         gradients = [tf.TensorSpec(variable.shape) for variable in shared.trainable_variables]
         self.rollout = tf.function(self._rollout, autograph=False).get_concrete_function(history, state, seed, scalar)
-        self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar)
+        self.update = tf.function(self._update, autograph=False).get_concrete_function(gradients, scalar, scalar)
 
     def run(self, coordinator: tf.train.Coordinator, device: str) -> None:
         """Play and learn until the coordinator says stop; an exception stops all threads and its `join` raises it."""
@@ -128,7 +128,8 @@ class GroupAgent:
             raise FloatingPointError(f"iteration {progress.iteration}: not finite: {losses}")
         with progress.lock:
             if not config.is_finished(progress):
-                self.update(gradients, np.float32(config.learning_rate_at(progress.agent_steps)))
+                learning_rate = np.float32(config.learning_rate_at(progress.agent_steps))
+                self.update(gradients, learning_rate, np.float32(config.average_rate_at(progress.iteration)))
                 progress.iteration += 1
                 progress.agent_steps += config.steps_per_update
                 self.on_update(losses)
@@ -171,9 +172,10 @@ class GroupAgent:
         gradients, gradient_norm = clip_gradients(gradients, config.grad_clip, config.global_clip)
         return history, state, gradients, tf.stack([*terms, gradient_norm])
 
-    def _update(self, gradients, learning_rate):
+    def _update(self, gradients, learning_rate, average_rate):
         """Update the shared network, then take its weights."""
         self.shared.apply_gradients(gradients, learning_rate)
+        self.shared.update_averages(average_rate)
         self.network.copy_from(self.shared)
 
     def _step_in_graph(self, action):

@@ -31,8 +31,7 @@ class Saver:
     def __init__(self, folder: str, shared: SharedNetwork, progress: Progress, check: Callable = lambda: None):
         self.folder, self.shared, self.progress, self.check = folder, shared, progress, check
         self.unfinished = os.path.join(folder, ".unfinished")
-        state = {"weights": shared.weights, "biases": shared.biases, **shared.slots}
-        self.checkpoint = tf.train.Checkpoint(**state, progress=progress)
+        self.state = {"weights": shared.weights, "biases": shared.biases, **shared.slots, "progress": progress}
 
     def save(self) -> str:
         """Write `model.ckpt-N`, read it back, copy it to `last.ckpt`, remove the oldest; return its path.
@@ -49,7 +48,7 @@ class Saver:
             self.check()
             try:
                 os.makedirs(self.unfinished, exist_ok=True)
-                self.checkpoint.write(unfinished)
+                tf.train.Checkpoint(**self.state).write(unfinished)
                 read(unfinished)
                 _move(unfinished, path)
                 for suffix in (DATA, INDEX):
@@ -85,7 +84,11 @@ class Saver:
                 if (was := "adam" if "updates" in tensors else "rmsprop") != self.shared.optimizer:
                     change = "Keep that, or give its weights to a new run by --initial_model"
                     raise UserError(f"optimizer = {self.shared.optimizer!r}: {path} was trained with {was!r}. {change}")
-                self.checkpoint.read(path).assert_consumed()
+                there = {name.split("/")[0] for name in tensors}
+                state = {k: v for k, v in self.state.items() if k != "averages" or k in there}
+                tf.train.Checkpoint(**state).read(path).assert_existing_objects_matched()
+                if "averages" not in there:
+                    self.shared.update_averages(1.0)  # they begin here
                 for old in damaged:
                     _set_aside(old)
                 return path
@@ -147,8 +150,11 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, 
         raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
 
-def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
-    """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits."""
+def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[ActorCritic, int]:
+    """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits.
+
+    Where the run has kept an average of the weights it is that, or else the `newest`.
+    """
     tensors, _ = read(path, or_original=True)
     layers = {
         "filters": tensors.get("weights/conv1", np.zeros(1)).shape[-1],  # a network without conv1 does not fit
@@ -158,17 +164,20 @@ def load_network(path: str, num_actions: int) -> tuple[ActorCritic, int]:
         "network": "pooled" if len(tensors.get("weights/conv1", ())) == 5 else "original",
     }
     network = ActorCritic(num_actions, **layers)
-    return network, load_weights(path, network)
+    return network, load_weights(path, network, newest)
 
 
-def load_weights(path: str, network: ActorCritic) -> int:
-    """Give a network a checkpoint's weights; return the number of its updates. Raises UserError as `load_network`."""
+def load_weights(path: str, network: ActorCritic, newest: bool = False) -> int:
+    """Give a network a checkpoint's weights; return the number of its updates. As `load_network`."""
     tensors, iteration = read(path, or_original=True)
     check_fits(tensors, network, path, but=["biases/input"])  # the background is not learnt: each game has its own
     for kind, layers in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in layers.items():
             if variable.trainable:
                 variable.assign(tensors[f"{kind}/{layer}"])
+    if "averages/0" in tensors and not newest:
+        for index, variable in enumerate(network.trainable_variables):
+            variable.assign(tensors[f"averages/{index}"])
     return iteration
 
 

@@ -219,7 +219,7 @@ def clip_gradients(gradients: Sequence[tf.Tensor], clip: float | None, global_cl
 
 
 class SharedNetwork(ActorCritic):
-    """The network that all threads train, with the state of its optimizer, RMSProp or Adam.
+    """The network that all threads train, with the state of its optimizer, RMSProp or Adam, and its average.
 
     RMSProp is TensorFlow 1's, as in the original: the mean square starts at one (not zero) and epsilon stands inside
     the square root. Keras' starts at zero and its first step is about ten times larger. Adam (Kingma and Ba 2015) is
@@ -231,6 +231,8 @@ class SharedNetwork(ActorCritic):
       epsilon: of either optimizer.
       copies_dtype: what the copies compute in.
       optimizer: "rmsprop" or "adam".
+      average: whether to keep an average of the weights over the updates (Polyak and Juditsky 1992). It plays better
+        than the newest, which carry the noise of the last updates, and no training depends on it.
       layers: all else that `ActorCritic` takes, but for `compute_dtype`.
     """
 
@@ -242,6 +244,7 @@ class SharedNetwork(ActorCritic):
         epsilon: float = 1e-10,
         copies_dtype: str = "float32",
         optimizer: str = "rmsprop",
+        average: bool = False,
         **layers,
     ):
         super().__init__(num_actions, seed, **layers)
@@ -255,12 +258,14 @@ class SharedNetwork(ActorCritic):
         self.mean_squares = [tf.Variable(first(v), trainable=False) for v in variables]
         self.means = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]  # of gradients, for Adam
         self.updates = tf.Variable(0.0, trainable=False)  # made by Adam
+        self.averages = [tf.Variable(v, trainable=False) for v in variables if average]
 
     @property
     def slots(self) -> dict:
-        """The optimizer's variables that a resumed run needs."""
+        """What a resumed run needs beside the weights: the optimizer's variables, and the averages if they are kept."""
         slots = {"mean_squares": self.mean_squares}
-        return {**slots, "means": self.means, "updates": self.updates} if self.optimizer == "adam" else slots
+        slots |= {"means": self.means, "updates": self.updates} if self.optimizer == "adam" else {}
+        return {**slots, "averages": self.averages} if self.averages else slots
 
     def make_copy(self) -> ActorCritic:
         """Return a network for a thread: equal, but computing in `copies_dtype`."""
@@ -288,3 +293,8 @@ class SharedNetwork(ActorCritic):
                 tf.raw_ops.ResourceApplyRMSProp(
                     var=variable.handle, grad=gradient, ms=square.handle, mom=unused.handle, **options
                 )
+
+    def update_averages(self, rate):
+        """Let the averages, if they are kept, go this part of the way to the weights: 0 to 1."""
+        for average, variable in zip(self.averages, self.trainable_variables, strict=False):  # none, if not kept
+            average.assign_add(rate * (variable - average))

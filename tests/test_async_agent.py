@@ -39,7 +39,7 @@ def make_agent(env, config, *, index=0, shared=None, progress=None, on_update=la
 def record_updates(agent):
     """Let the agent's updates change nothing; return the list that they go into, as (gradients, learning rate)."""
     updates = []
-    agent.update = lambda gradients, rate: updates.append(([g.numpy() for g in gradients], rate))
+    agent.update = lambda gradients, rate, _: updates.append(([g.numpy() for g in gradients], rate))
     return updates
 
 
