@@ -174,9 +174,12 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         network, iteration = checkpoint.load_network(model, game.num_actions, flags.newest)
         graph = tf.function(functools.partial(decide, network), autograph=False)
         policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
-        print(f"{game.id}, {model} after {iteration:,} updates, {policy}, on {device.strip('/')}", flush=True)
+        window = 0.0 if flags.newest else config.get("average_window", 0.0)
+        weights = f", the average of the last {100 * window:g} % of them" * (window > 0)
+        print(f"{game.id}, {model} after {iteration:,} updates{weights}, {policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
+        about |= {"average_window": window} if window else {}
         about |= {**as_trained, "versions": settings.versions(), "games_wanted": flags.iter}
 
         of_original = is_original(model)

@@ -297,4 +297,4 @@ class SharedNetwork(ActorCritic):
     def update_averages(self, rate):
         """Let the averages, if they are kept, go this part of the way to the weights: 0 to 1."""
         for average, variable in zip(self.averages, self.trainable_variables, strict=False):  # none, if not kept
-            average.assign_add(rate * (variable - average))
+            average.assign((1 - rate) * average + rate * variable)

@@ -320,6 +320,19 @@ def test_copy_equals_the_shared_network_after_an_update(make_config):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_averages_follow_every_update(make_config):
+    config = make_config(average_window=0.5, filters=2)
+    shared = SharedNetwork(NUM_ACTIONS, config.decay, filters=2, average=True)
+    agent = make_agent(ScriptedEnv(np.ones([5, 2])), config, shared=shared)
+    newest = []
+    for _ in range(6):
+        agent.iterate()
+        newest.append([v.numpy() for v in shared.trainable_variables])
+    shares = np.array([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3]) / 5  # rates of 1, 1, 2/3, 1/2, 2/5, 1/3 multiplied out
+    for average, weights in zip(shared.averages, zip(*newest, strict=True), strict=True):
+        np.testing.assert_allclose(average, np.tensordot(shares, np.stack(weights), 1), rtol=1e-5, atol=1e-7)
+
+
 def test_progress_counts_updates_and_agent_steps_and_reports_each_with_the_lock_held(make_config):
     reported = []
     agent = make_agent(

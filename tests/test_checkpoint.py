@@ -93,6 +93,33 @@ def test_network_is_loaded_as_it_was_saved(tmp_path, layers):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_average_of_a_run_is_played_and_goes_on_with_it(tmp_path):
+    run = small(tmp_path, average=True)
+    run.update(1)
+    run.shared.update_averages(0.5)
+    path = run.save(2)
+    assert not equal(run.shared.averages, run.shared.trainable_variables)
+    for newest, expected in ((False, run.shared.averages), (True, run.shared.trainable_variables)):
+        assert equal(checkpoint.load_network(path, 4, newest)[0].trainable_variables, expected)
+    other = small(tmp_path, seed=2, average=True)
+    assert other.resume() == path
+    assert equal(other.state(), run.state())
+
+
+def test_average_can_begin_and_end_where_a_run_is_resumed(tmp_path):
+    path = small(tmp_path).save(2)
+    begun = small(tmp_path, seed=2, average=True)
+    assert begun.resume() == path
+    assert equal(begun.shared.averages, begun.shared.trainable_variables)
+    begun.update(4)
+    path = begun.save(6)
+    assert not equal(begun.shared.averages, begun.shared.trainable_variables)
+    ended = small(tmp_path, seed=3)
+    assert ended.resume() == path
+    assert equal(ended.shared.trainable_variables, begun.shared.trainable_variables)
+    assert equal(checkpoint.load_network(ended.save(8), 4)[0].trainable_variables, ended.shared.trainable_variables)
+
+
 @pytest.mark.parametrize("agent, num_actions, background", [("breakout-v0", 4, 0), ("pong-v0", 6, 87)])
 def test_shipped_agent_is_played_and_resumed(tmp_path, agent, num_actions, background):
     path = checkpoint.resolve(shutil.copytree(ROOT / "models" / agent, str(tmp_path / agent)))

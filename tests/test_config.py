@@ -157,6 +157,14 @@ def test_weight_of_the_entropy_falls_to_a_tenth_in_a_line_where_asked(length, ex
     np.testing.assert_allclose([config.entropy_beta_at(steps) for steps in (0, 50, 100, 10**6)], expected, rtol=1e-6)
 
 
+def test_average_is_of_the_last_part_of_the_run():
+    config = Config(average_window=0.1)
+    average = 0.0
+    for iteration in range(5000):
+        average += config.average_rate_at(iteration) * (iteration - average)
+    assert average == pytest.approx(5000 * 10 / 11, abs=1)  # the mean age is a tenth of the rest
+
+
 # Flags.
 
 

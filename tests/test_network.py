@@ -246,6 +246,25 @@ def test_adam_equals_tensorflows_and_goes_on_with_the_slots_that_are_saved():
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-6)  # of steps of about 0.01
 
 
+def test_averages_go_towards_the_weights_and_change_nothing_else():
+    plain, shared = (net.SharedNetwork(A, decay=0.99, seed=1, filters=2, average=kept) for kept in (False, True))
+    expected = [v.numpy() for v in shared.trainable_variables]
+    rng = np.random.default_rng(5)
+    for rate in (0.5, 0.1, 0.25):
+        gradients = random_gradients(shared.trainable_variables, rng)
+        for network in (plain, shared):
+            network.apply_gradients(gradients, np.float32(0.01))
+            network.update_averages(np.float32(rate))
+        expected = [old + rate * (v.numpy() - old) for old, v in zip(expected, shared.trainable_variables, strict=True)]
+    for average, mine, theirs, other in zip(
+        shared.averages, expected, shared.trainable_variables, plain.trainable_variables, strict=True
+    ):
+        np.testing.assert_allclose(average, mine, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(theirs, other)
+        assert np.any(average != theirs)
+    assert plain.averages == []
+
+
 # The network.
 
 

@@ -12,7 +12,7 @@ import av
 import gymnasium
 import numpy as np
 import pytest
-from conftest import SHIPPED, refusal, watching
+from conftest import SHIPPED, Resumable, heads, refusal, watching
 
 import film
 from environment import empty_history, history_to_frames, preprocess
@@ -120,6 +120,31 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     assert before == [[], [], [3]]  # the next game begins before the line is written
     assert filmed == [True, True, False]
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("newest, expected", [(False, ", the average of the last 10 % of them,"), (True, " updates,")])
+def test_average_is_played_and_named_unless_the_newest_weights_are_asked_for(
+    main, tmp_path, monkeypatch, capsys, newest, expected
+):
+    run = Resumable(tmp_path, filters=2, average=True)
+    (tmp_path / "config.json").write_text(json.dumps({"game": "Breakout-v0", "average_window": 0.1}))
+    path, played = run.save(10), []
+
+    def play_games(envs, network, *_):
+        played.append(
+            network(empty_history(1), np.zeros([1, 0], np.float32), envs[0].reset()[0][None], np.ones(1, bool))
+        )
+        return []
+
+    monkeypatch.setattr(watching, "play_games", play_games)
+    assert main(f"--model={path}", "--iter=1", "--film=0", *["--newest"] * newest) == 0
+    assert expected in capsys.readouterr().out
+    assert results(tmp_path).get("average_window") == (None if newest else 0.1)
+    other = Resumable(tmp_path, seed=2, filters=2)
+    for mine, theirs in zip(other.shared.trainable_variables, run.shared.averages, strict=True):
+        mine.assign(theirs)
+    (history, _, _, value), shared = played[0], run.shared if newest else other.shared
+    np.testing.assert_allclose(value, heads(shared, history)[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["softmax", pytest.param("greedy", marks=pytest.mark.slow)])
