@@ -48,6 +48,7 @@ def test_defaults_are_the_originals():
         "entropy_beta": 0.01,
         "entropy_annealing_steps": None,
         "value_weight": 1.0,
+        "average_window": 0.0,
         "subtract_background": False,
         "network": "original",
         "filters": 32,
