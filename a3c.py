@@ -121,7 +121,7 @@ class Config:
     def average_rate_at(self, iteration: int) -> float:
         """Return how far the average network goes towards the newest with the update after so many updates, 0 to 1.
 
-        So a network is forgotten by the power `1 / average_window` of how much longer the run has become since.
+        So a network's share in the average falls as the run goes on, with the power `1 / average_window` of its length.
         """
         return 1 / max(1.0, self.average_window * (iteration + 1))
 

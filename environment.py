@@ -117,7 +117,7 @@ def make_training_envs(
     about 65 ms per game (ALE loads the ROM) and holds the global lock for it; the first `reset(seed)` as long again.
 
     Observations are [B, 1, *size] uint8. Unless `size` is `game.screen`, ALE resizes all frames, also those in a random
-    frame-skip that nobody sees. What it makes of them are those of `preprocess`, to within one grey level.
+    frame-skip that nobody sees. Its pixels are those of `preprocess`, to within one grey level.
     """
     envs = AtariVectorEnv(
         game.rom,

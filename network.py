@@ -231,8 +231,8 @@ class SharedNetwork(ActorCritic):
       epsilon: of either optimizer.
       copies_dtype: what the copies compute in.
       optimizer: "rmsprop" or "adam".
-      average: whether to keep an average of the weights over the updates (Polyak and Juditsky 1992). It plays better
-        than the newest, which carry the noise of the last updates, and no training depends on it.
+      average: whether to keep an average of the weights over the updates (Polyak and Juditsky 1992). It has not
+        the noise that the last updates leave in the newest, and no training depends on it.
       layers: all else that `ActorCritic` takes, but for `compute_dtype`.
     """
 
