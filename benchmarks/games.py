@@ -1,4 +1,4 @@
-"""Train one preset on seven games, without a change for any, and score the agents: `python -m benchmarks.games`.
+"""Train a preset on seven games, without a change for any, and score the agents: `python -m benchmarks.games`.
 
 The protocol is that of Stable-Baselines3's zoo: `NoFrameskip-v4` ids, frame-skip 4, the maximum of two frames, up to 30
 no-ops before a game, a lost life ends the return, 10 million agent steps; then 100 games by the softmax policy, raw
@@ -11,12 +11,13 @@ import json
 import os
 import threading
 
+import a3c
 from benchmarks.common import read_rows
 from benchmarks.experiments import Trial, follow, on_all_cores, run, write
 
 GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders")
 FRAMES = "--frameskip=4"
-FLAGS = f"--preset=fast {FRAMES} --max_pool=True --noop_max=30"
+FLAGS = f"{FRAMES} --max_pool=True --noop_max=30"
 FIGURES = ("mean", "standard_deviation", "games")  # of results.json
 COLUMNS = ["name", "seed", "agent_steps", "minutes", "cores", "1M", "5M", "10M", *FIGURES, "ended"]
 
@@ -44,29 +45,32 @@ def train_and_play(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--preset", choices=a3c.PRESETS, default="fast", help="to train with (%(default)s)")
     parser.add_argument("--games", nargs="+", choices=GAMES, default=GAMES, metavar="GAME", help="all seven by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="to train each with (1)")
     parser.add_argument("--steps", type=int, default=10_000_000, help="agent steps of each run (%(default)s)")
     parser.add_argument("--play", type=int, default=100, help="games to score each agent by (%(default)s)")
-    parser.add_argument("--out", default="results/games.csv", help="table to add to (%(default)s)")
-    parser.add_argument("--log_dir", default="log/games", help="folder of the runs' folders (%(default)s)")
+    parser.add_argument("--out", help="table to add to (results/games-PRESET.csv)")
+    parser.add_argument("--log_dir", help="folder of the runs' folders (log/games-PRESET)")
     arguments = parser.parse_args()
+    out = arguments.out or f"results/games-{arguments.preset}.csv"  # each preset has its own
+    folder = arguments.log_dir or f"log/games-{arguments.preset}"
     have = {
         (row["name"], int(row["seed"]))
-        for row in read_rows(arguments.out, whole=True)
+        for row in read_rows(out, whole=True)
         if row["ended"] == "done" and int(row["agent_steps"]) >= arguments.steps and int(row["games"]) >= arguments.play
     }
     trials = [
-        Trial(game, f"{FLAGS} --game={game}NoFrameskip-v4", seed)
+        Trial(game, f"--preset={arguments.preset} {FLAGS} --game={game}NoFrameskip-v4", seed)
         for seed in arguments.seeds
         for game in arguments.games
         if (game, seed) not in have
     ]
 
     def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
-        return train_and_play(trial, arguments.log_dir, arguments.steps, arguments.play, cores, stop)
+        return train_and_play(trial, folder, arguments.steps, arguments.play, cores, stop)
 
-    on_all_cores(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
+    on_all_cores(trials, run_trial, lambda row: write(out, row, COLUMNS))
 
 
 if __name__ == "__main__":

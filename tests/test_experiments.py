@@ -122,16 +122,20 @@ def test_list_that_cannot_be_read_is_refused(tmp_path, text, said):
         read_list(tmp_path / "list.txt")
 
 
-@pytest.mark.parametrize("flags, again", [([], False), (["--steps=11"], True), (["--play=8"], True)])
+@pytest.mark.parametrize(
+    "flags, again", [([], False), (["--steps=11"], True), (["--play=8"], True), (["--preset=original"], True)]
+)
 def test_game_that_has_a_row_is_not_trained_again_unless_more_is_asked_for(tmp_path, monkeypatch, flags, again):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
     row = {"name": "Pong", "seed": 1, "agent_steps": 10, "games": 7, "ended": "done"}
-    write(tmp_path / "table.csv", row, games.COLUMNS)
-    own = ["--games=Pong", "--steps=10", "--play=7", f"--out={tmp_path}/table.csv"]
-    monkeypatch.setattr(sys, "argv", ["games.py", *own, *flags])
+    write("results/games-fast.csv", row, games.COLUMNS)
+    monkeypatch.setattr(sys, "argv", ["games.py", "--games=Pong", "--steps=10", "--play=7", *flags])
     began = []
     monkeypatch.setattr(games, "on_all_cores", lambda trials, *_: began.extend(trials))
     games.main()
-    protocol = "--preset=fast --frameskip=4 --max_pool=True --noop_max=30"
+    preset = "original" if "--preset=original" in flags else "fast"
+    protocol = f"--preset={preset} --frameskip=4 --max_pool=True --noop_max=30"
     assert began == [Trial("Pong", f"{protocol} --game=PongNoFrameskip-v4", 1)] * again
 
 
