@@ -103,8 +103,8 @@ class GroupAgent:
 
     def reset(self) -> None:
         """Start all games, and take the shared weights."""
-        frame, _ = self.envs.reset(seed=self.seeds[1:])
-        self.history = push_frame(self.history, preprocess(frame[:, -1]), np.ones(self.envs.num_envs, bool))
+        screen, _ = self.envs.reset(seed=self.seeds[1:])
+        self.history = push_frame(self.history, preprocess(screen[:, -1]), np.ones(self.envs.num_envs, bool))
         self.state = tf.zeros_like(self.state)
         with self.progress.lock:  # where a lost host made this group begin again, others have learnt meanwhile
             self.network.copy_from(self.shared)

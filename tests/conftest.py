@@ -375,6 +375,7 @@ def tensorboard(folder):
 # The programs that are not modules of the package, and their pictures.
 
 SHIPPED = ROOT / "models/breakout-v0"
+OLD = ROOT / "models/breakout-v0-fast"  # its config.json is of an older version
 watching = importlib.import_module("a3c-test")  # no name that `import` can say
 
 

@@ -120,14 +120,25 @@ def test_average_can_begin_and_end_where_a_run_is_resumed(tmp_path):
     assert equal(checkpoint.load_network(ended.save(8), 4)[0].trainable_variables, ended.shared.trainable_variables)
 
 
-@pytest.mark.parametrize("agent, num_actions, background", [("breakout-v0", 4, 0), ("pong-v0", 6, 87)])
-def test_shipped_agent_is_played_and_resumed(tmp_path, agent, num_actions, background):
+@pytest.mark.parametrize(
+    "agent, num_actions, options",
+    [
+        ("breakout-v0", 4, {"network": "pooled", "average": True}),
+        ("breakout-v0-fast", 4, {}),
+        ("breakout-noframeskip-v4", 4, {}),
+        ("spaceinvaders-noframeskip-v4", 6, {}),
+        ("pong-v0", 6, {"background": 87}),
+    ],
+)
+def test_shipped_agent_is_played_and_resumed(tmp_path, agent, num_actions, options):
     path = checkpoint.resolve(shutil.copytree(ROOT / "models" / agent, str(tmp_path / agent)))
-    other = Resumable(tmp_path / agent, num_actions=num_actions, filters=16, background=background)
+    other = Resumable(tmp_path / agent, num_actions=num_actions, filters=16, **options)
     assert other.resume() == path
-    network, iteration = checkpoint.load_network(path, num_actions)
+    network, iteration = checkpoint.load_network(path, num_actions, newest=True)
     assert other.progress.iteration == iteration > 10_000
     assert equal(other.state()[:10], network.trainable_variables)
+    played, _ = checkpoint.load_network(path, num_actions)
+    assert equal(other.shared.averages or other.shared.trainable_variables, played.trainable_variables)
 
 
 @pytest.mark.row(n=27)

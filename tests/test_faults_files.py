@@ -13,7 +13,7 @@ import types
 import av
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, use_games, watching
+from conftest import OLD, ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, use_games, watching
 
 import a3c
 import checkpoint
@@ -64,7 +64,7 @@ def test_program_that_resumes_a_run_gives_the_whole_config(play, tmp_path, monke
 @pytest.mark.row(n=28)
 def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_checkpoint_gives_none(tmp_path):
     """Old ones count their schedules in updates, and do not say which of their settings were given."""
-    old = {**config_of(SHIPPED), "annealing": 250_000, "save_period": 20_000}
+    old = {**config_of(OLD), "annealing": 250_000, "save_period": 20_000}
     del old["annealing_steps"], old["save_steps"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert a3c.given_to_run(str(tmp_path)) == {}
@@ -73,7 +73,7 @@ def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_check
     wanted = {"annealing_steps": 40_000_000, "save_steps": 3_200_000, "learning_rate": 1e-4, "filters": 16}
     assert wanted.items() <= given.items()
     assert "log_dir" not in given
-    (tmp_path / "config.json").write_text(json.dumps({**config_of(SHIPPED), "given": []}))
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(OLD), "given": []}))
     assert a3c.given_to_run(str(tmp_path)) == {}  # an edited default counts
     old |= {"given": ["annealing", "filters"], "annealing": None, "max_agent_steps": None, "max_iteration": 1000}
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -90,7 +90,7 @@ def test_run_whose_entropy_fell_along_with_the_learning_rate_keeps_its_schedule(
     tmp_path, annealing_steps, falls, expected
 ):
     Resumable(tmp_path, filters=1).save(3)
-    old = {**config_of(SHIPPED), "max_agent_steps": 8000, "annealing_steps": annealing_steps, "anneal_entropy": falls}
+    old = {**config_of(OLD), "max_agent_steps": 8000, "annealing_steps": annealing_steps, "anneal_entropy": falls}
     old.pop("given", None)
     for given in {}, {"given": ["anneal_entropy"]}:
         (tmp_path / "config.json").write_text(json.dumps(old | given))
@@ -246,7 +246,7 @@ def test_games_go_on_where_the_reader_leaves_and_those_played_until_a_kill_are_i
     ],
 )
 def test_curve_that_a_spreadsheet_saved_is_drawn_as_before_or_named(tmp_path, draw, figures, change, said):
-    (tmp_path / "progress.csv").write_bytes(change((SHIPPED / "progress.csv").read_text()))
+    (tmp_path / "progress.csv").write_bytes(change((OLD / "progress.csv").read_text()))
     if said:
         with pytest.raises(SystemExit) as ended:
             draw(tmp_path)
@@ -255,7 +255,7 @@ def test_curve_that_a_spreadsheet_saved_is_drawn_as_before_or_named(tmp_path, dr
         assert said in line
         assert str(tmp_path) in line
     else:
-        draw(SHIPPED, tmp_path, "--out", tmp_path)
+        draw(OLD, tmp_path, "--out", tmp_path)
         one, other = (line.get_xydata() for line in figures[0].axes[0].lines[::2])
         np.testing.assert_array_equal(one, other)
 
