@@ -236,7 +236,7 @@ def test_help_shows_each_flag_with_its_comment_and_its_default(capsys):
         a3c.parse_config(["--help", "--preset=fast"])
     assert stopped.value.code == 0
     shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert "--preset {original,fast}" in shown
+    assert "--preset {original,fast,strong}" in shown
     for name in DEFAULTS:
         text = shown.partition(f" --{name} ")[2].partition(" (default: ")[0]
         assert len(text.split()) > 4, name
