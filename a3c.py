@@ -76,8 +76,8 @@ class Config:
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
     input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights to match
-    network: Literal["original", "pooled"] = "original"  # pooled: a finer first convolution, then max-pooling
-    filters: Count = 32  # filters of the first convolution; the second has twice as many
+    network: Literal["original", "pooled", "deep"] = "original"  # see better: finer convolutions, then max-pooling
+    filters: Count = 32  # filters of the first convolution; the others have twice as many
     lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Use input_scale = unit
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 

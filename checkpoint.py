@@ -156,12 +156,13 @@ def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[Act
     Where the run has kept an average of the weights it is that, or else the `newest`.
     """
     tensors, _ = read(path, or_original=True)
+    small = len(tensors.get("weights/conv1", ())) == 5
     layers = {
         "filters": tensors.get("weights/conv1", np.zeros(1)).shape[-1],  # a network without conv1 does not fit
         "background": -int(tensors.get("biases/input", 0)),
         "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
         "input_scale": "unit" if "weights/input" in tensors else "raw",
-        "network": "pooled" if len(tensors.get("weights/conv1", ())) == 5 else "original",
+        "network": ("deep" if "weights/conv3" in tensors else "pooled") if small else "original",
     }
     network = ActorCritic(num_actions, **layers)
     return network, load_weights(path, network, newest)

@@ -16,6 +16,13 @@ from environment import FRAME_SIZE, history_to_frames
 from startup import tf
 
 WEIGHT_STDDEV = 0.02
+# What a network begins with. Of each convolution: height and width, stride, its filters in relation to the first's, and
+# whether the maximum of each 2 x 2 of its outputs goes on.
+CONVOLUTIONS = {
+    "original": [(8, 4, 1, False), (4, 2, 2, False)],
+    "pooled": [(5, 2, 1, True), (4, 2, 2, False)],
+    "deep": [(5, 2, 1, True), (3, 1, 2, True), (3, 1, 2, False), (3, 1, 2, False)],
+}
 GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # variance of an initial weight times its layer's inputs; others 2
 FORGET_BIAS = 1.0  # an LSTM begins by keeping 0.73 of what it knows
 HIDDEN_UNITS = 256
@@ -42,10 +49,10 @@ class ActorCritic(tf.Module):
       num_actions: A.
       seed: of the initial weights.
       compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
-      filters: of the first convolution; the second has twice as many.
-      network: "original" begins with a convolution of 8 x 8 pixels at every fourth; "pooled" with one of 5 x 5 at every
-        second, of which the maximum of 2 x 2 goes on: it sees better where things are. As in tensorpack's A3C, whose
-        first convolution is at every pixel.
+      filters: of the first convolution; the others have twice as many.
+      network: one of `CONVOLUTIONS`. "original" begins with a convolution of 8 x 8 pixels at every fourth; "pooled" with
+        one of 5 x 5 at every second, of which the maximum of 2 x 2 goes on: it sees better where things are. As in
+        tensorpack's A3C, whose first convolution is at every pixel. "deep" has two of these layers and two without.
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.
@@ -66,22 +73,21 @@ class ActorCritic(tf.Module):
     ):
         super().__init__()
         self.num_actions, self.compute_dtype, self.lstm = num_actions, tf.as_dtype(compute_dtype), lstm
-        self.pooled = network == "pooled"
-        flat = (FRAME_SIZE // 8 + 1) ** 2 * 2 * filters  # SAME padding rounds up: 84 -> 21 -> 11
-        shapes = {
-            "conv1": [5, 5, 4, filters] if self.pooled else [8, 8, 4, filters],
-            "conv2": [4, 4, filters, 2 * filters],
-            "hidden": [flat, HIDDEN_UNITS],
-            "policy": [lstm or HIDDEN_UNITS, num_actions],
-            "value": [lstm or HIDDEN_UNITS, 1],
-        }
+        self.convolutions = CONVOLUTIONS[network]
+        shapes, side, depth = {}, FRAME_SIZE, 4
+        for number, (size, stride, multiple, pooled) in enumerate(self.convolutions, 1):
+            shapes[f"conv{number}"] = [size, size, depth, multiple * filters]
+            side, depth = math.ceil(side / stride / (1 + pooled)), multiple * filters  # SAME padding rounds up
+        shapes["hidden"] = [side * side * depth, HIDDEN_UNITS]
+        shapes["policy"], shapes["value"] = [lstm or HIDDEN_UNITS, num_actions], [lstm or HIDDEN_UNITS, 1]
         if lstm:
             shapes["lstm"] = [HIDDEN_UNITS + lstm, 4 * lstm]
         self.weights, self.biases = {}, {}
         for index, (layer, shape) in enumerate(shapes.items()):
             normal = tf.random.stateless_truncated_normal if "conv" in layer else tf.random.stateless_normal
             inputs = math.prod(shape[:-1])
-            stddev = math.sqrt(GAINS.get(layer, 2.0) / inputs) if input_scale == "unit" else WEIGHT_STDDEV
+            keeps_size = input_scale == "unit" or layer in ("conv3", "conv4")  # which the original does not have
+            stddev = math.sqrt(GAINS.get(layer, 2.0) / inputs) if keeps_size else WEIGHT_STDDEV
             initial = tf.cast(normal(shape, [seed, index], stddev=stddev), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
@@ -106,9 +112,9 @@ class ActorCritic(tf.Module):
         # oneDNN computes the gradient of `bias_add` along with that of the convolution, in float32. In bfloat16 it is
         # summed one number at a time in bfloat16, and up to half of it was lost; that of `tf.add` is off by 0.3 %.
         add = tf.nn.bias_add if self.compute_dtype == tf.float32 else tf.add
-        x = add(tf.nn.conv2d(x, w["conv1"], 2 if self.pooled else 4, "SAME"), b["conv1"])
-        x = tf.nn.relu(tf.nn.max_pool2d(x, 2, 2, "SAME") if self.pooled else x)  # [B, 21, 21, F]
-        x = tf.nn.relu(add(tf.nn.conv2d(x, w["conv2"], 2, "SAME"), b["conv2"]))  # [B, 11, 11, 2F]
+        for number, (_, stride, _, pooled) in enumerate(self.convolutions, 1):
+            x = add(tf.nn.conv2d(x, w[f"conv{number}"], stride, "SAME"), b[f"conv{number}"])
+            x = tf.nn.relu(tf.nn.max_pool2d(x, 2, 2, "SAME") if pooled else x)  # at last [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
         x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, HIDDEN_UNITS]
         if self.lstm:
