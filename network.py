@@ -50,9 +50,9 @@ class ActorCritic(tf.Module):
       seed: of the initial weights.
       compute_dtype: of the weights and the layers. Logits and values are float32 in any case.
       filters: of the first convolution; the others have twice as many.
-      network: one of `CONVOLUTIONS`. "original" begins with a convolution of 8 x 8 pixels at every fourth; "pooled" with
-        one of 5 x 5 at every second, of which the maximum of 2 x 2 goes on: it sees better where things are. As in
-        tensorpack's A3C, whose first convolution is at every pixel. "deep" has two of these layers and two without.
+      network: one of `CONVOLUTIONS`. "original" begins with a convolution of 8 x 8 pixels at every fourth; "pooled"
+        with one of 5 x 5 at every second, of which the maximum of 2 x 2 goes on: it sees better where things are.
+        "deep" has four convolutions, two of them pooled, as tensorpack's A3C, whose first is at every pixel.
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.

@@ -81,6 +81,7 @@ def test_newest_three_checkpoints_are_kept_and_a_copy_of_the_newest(tmp_path):
         {"filters": 8, "background": 87},
         {"filters": 8, "input_scale": "unit"},
         {"filters": 8, "network": "pooled"},
+        {"filters": 8, "network": "deep"},
         {"filters": 8, "background": 87, **RECURRENT},
     ],
 )
@@ -336,6 +337,8 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
         ({}, {"input_scale": "unit"}, "of another network: weights/input .*--input_scale"),
         ({}, {"network": "pooled"}, "of another network: weights/conv1 .*--network"),
         ({"network": "pooled"}, {}, "of another network: weights/conv1 .*--network"),
+        ({"network": "pooled"}, {"network": "deep"}, "of another network: weights/conv2 .*--network"),
+        ({"network": "deep"}, {"network": "pooled"}, "of another network: weights/conv2 .*--network"),
     ],
 )
 def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, said):

@@ -284,23 +284,31 @@ def test_network_has_the_originals_shapes_and_as_many_filters_as_asked(filters):
     assert (logits.shape, value.shape) == ([3, 6], [3])
 
 
-def test_pooled_network_takes_the_maximum_of_a_finer_convolution():
-    network, history = net.ActorCritic(6, 2, network="pooled", filters=16), random_history(num_games=2)
+@pytest.mark.parametrize(
+    "kind, strides, sides, pooled",
+    [("pooled", [2, 2], [42, 11], [True, False]), ("deep", [2, 1, 1, 1], [42, 21, 11, 11], [True, True, False, False])],
+)
+def test_pooled_networks_take_the_maximum_of_finer_convolutions(kind, strides, sides, pooled):
+    network, history = net.ActorCritic(6, 2, network=kind, filters=16), random_history(num_games=2)
     w = {name: variable.numpy().astype(np.float64) for name, variable in network.weights.items()}
     b = {name: np.random.default_rng(0).normal(size=variable.shape) for name, variable in network.biases.items()}
     for name, variable in network.biases.items():
         variable.assign(b[name])
-
-    def convolve(x, layer):
-        size = len(w[layer])
-        x = np.pad(x, [(0, 0), (1, 2), (1, 2), (0, 0)])
-        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::2, ::2]
-        return np.maximum(np.einsum("nxycij,ijcf->nxyf", patches, w[layer], optimize=True) + b[layer], 0)
-
-    x = convolve(history_to_frames(history).numpy(), "conv1")
-    assert x.shape == (2, 42, 42, 16)
-    x = convolve(x.reshape(2, 21, 2, 21, 2, 16).max(axis=(2, 4)), "conv2")
-    assert x.shape == (2, 11, 11, 32)
+    x = history_to_frames(history).numpy()
+    for number, (stride, side, maximum) in enumerate(zip(strides, sides, pooled, strict=True), 1):
+        weights = w[f"conv{number}"]
+        size = len(weights)
+        missing = (side - 1) * stride + size - x.shape[1]  # the half of it is added before, as TensorFlow does it
+        around = (missing // 2, missing - missing // 2)
+        x = np.pad(x, [(0, 0), around, around, (0, 0)])
+        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
+        x = np.maximum(np.einsum("nxycij,ijcf->nxyf", patches, weights, optimize=True) + b[f"conv{number}"], 0)
+        assert x.shape == (2, side, side, 16 if number == 1 else 32)
+        if maximum:
+            odd = side % 2  # an empty row and column then end the picture; ReLU makes all others at least as large
+            x = np.pad(x, [(0, 0), (0, odd), (0, odd), (0, 0)])
+            half = (side + odd) // 2
+            x = x.reshape(2, half, 2, half, 2, -1).max(axis=(2, 4))
     x = np.maximum(x.reshape(2, -1) @ w["hidden"] + b["hidden"], 0)
     np.testing.assert_allclose(heads(network, history)[0], x @ w["policy"] + b["policy"], rtol=1e-3, atol=1e-3)
 
@@ -322,6 +330,13 @@ def test_initial_weights_have_the_originals_spread():
         np.testing.assert_array_equal(variable, np.zeros(variable.shape))
 
 
+def test_layers_that_the_original_does_not_have_keep_the_size_of_their_input():
+    weights = net.ActorCritic(6, seed=11, network="deep").weights
+    for layer, inputs in {"conv3": 576, "conv4": 576}.items():
+        assert abs(np.std(weights[layer]) / 0.8796 / np.sqrt(2 / inputs) - 1) < 3 / np.sqrt(weights[layer].numpy().size)
+    assert np.std(weights["conv2"]) == pytest.approx(0.8796 * 0.02, rel=0.05)
+
+
 def test_initial_weights_for_unit_input_keep_its_size():
     network = net.ActorCritic(6, seed=11, lstm=512, input_scale="unit")
     inputs = {"conv1": 256, "conv2": 512, "hidden": 7744, "lstm": 768, "policy": 512, "value": 512}
@@ -335,7 +350,8 @@ def test_initial_weights_for_unit_input_keep_its_size():
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("background", [0, 87])
 def test_unit_input_is_the_raw_one_divided_by_256_after_the_background_is_taken_off(background, compute_dtype):
-    raw, unit = (net.ActorCritic(2, 0, compute_dtype, 4, background, input_scale=scale) for scale in ("raw", "unit"))
+    options = {"filters": 4, "background": background}
+    raw, unit = (net.ActorCritic(2, 0, compute_dtype, **options, input_scale=scale) for scale in ("raw", "unit"))
     unit.copy_from(raw)
     unit.weights["conv1"].assign(256 * raw.weights["conv1"])
     for one, other in zip(heads(raw, random_history()), heads(unit, random_history()), strict=True):

@@ -51,7 +51,7 @@ def test_network_is_made_as_the_config_says():
     other = a3c.make_network(a3c.Config(**other, **asked), game, "/CPU:0")
     assert (other.optimizer, other.epsilon, other.lstm) == ("adam", 1e-2, 3)
     assert "input" in other.make_copy().weights
-    assert other.make_copy().pooled
+    assert other.make_copy().weights["conv1"].shape[0] == 5
     expected = ActorCritic(game.num_actions, seed=7, filters=2)
     for mine, theirs in zip(plain.trainable_variables, expected.trainable_variables, strict=True):
         np.testing.assert_array_equal(mine, theirs)
