@@ -148,7 +148,7 @@ PRESETS = {
 PRESETS["strong"] = PRESETS["fast"] | {  # a better score in more time, on the game as it is registered
     "random_frameskip": True,
     "agents_per_thread": 16,
-    "network": "pooled",  # sees better where the ball is
+    "network": "deep",  # sees better where the ball is, and where it goes
     "annealing_steps": 12_000_000,
     "entropy_annealing_steps": 3_000_000,  # random moves spoil long games
     "global_clip": 20.0,  # gradients of long games are larger: a tighter clip takes most from those of lost lives
