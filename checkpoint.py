@@ -64,7 +64,8 @@ class Saver:
         """Take over the newest complete checkpoint of the folder; return its path, or None where there is none.
 
         Removes half-written files; names damaged checkpoints to `warn`, passes over them and renames them, so that
-        they count no more. Raises UserError if all are damaged, or if the newest is of another network.
+        they count no more. What the newest was saved without begins anew: the average, or in an agent that was made
+        small the optimizer too. Raises UserError if all are damaged, or if the newest is of another network.
         """
         shutil.rmtree(self.unfinished, ignore_errors=True)
         for name in glob.glob(f"*.ckpt*{DATA}", root_dir=self.folder):
@@ -81,11 +82,12 @@ class Saver:
                 damaged.append(path)
             else:
                 check_fits(tensors, self.shared, path)
-                if (was := "adam" if "updates" in tensors else "rmsprop") != self.shared.optimizer:
+                there = {name.split("/")[0] for name in tensors}
+                was = "adam" if "updates" in there else "rmsprop"
+                if "mean_squares" in there and was != self.shared.optimizer:
                     change = "Keep that, or give its weights to a new run by --initial_model"
                     raise UserError(f"optimizer = {self.shared.optimizer!r}: {path} was trained with {was!r}. {change}")
-                there = {name.split("/")[0] for name in tensors}
-                state = {k: v for k, v in self.state.items() if k != "averages" or k in there}
+                state = {name: part for name, part in self.state.items() if name in there}  # all else begins anew
                 tf.train.Checkpoint(**state).read(path).assert_existing_objects_matched()
                 if "averages" not in there:
                     self.shared.update_averages(1.0)  # they begin here

@@ -121,6 +121,23 @@ def test_average_can_begin_and_end_where_a_run_is_resumed(tmp_path):
     assert equal(checkpoint.load_network(ended.save(8), 4)[0].trainable_variables, ended.shared.trainable_variables)
 
 
+def test_agent_saved_without_optimizer_and_average_is_resumed_with_new_ones(tmp_path):
+    run = small(tmp_path, average=True)
+    run.update(7)
+    weights, biases = run.shared.weights, run.shared.biases
+    path = tf.train.Checkpoint(weights=weights, biases=biases, progress=run.progress).write(str(tmp_path / "last.ckpt"))
+    other = small(tmp_path, seed=2, average=True)
+    assert other.resume() == path
+    assert other.progress.iteration == 7
+    for mine in (other.shared.trainable_variables, other.shared.averages):
+        assert equal(mine, run.shared.trainable_variables)
+    assert equal(other.shared.mean_squares, [np.ones(v.shape) for v in other.shared.trainable_variables])
+    other.update(9)
+    path, state = other.save(9), other.state()
+    assert small(tmp_path, seed=3, average=True).resume() == path
+    assert equal(other.state(), state)
+
+
 @pytest.mark.parametrize(
     "agent, num_actions, options",
     [
