@@ -3,8 +3,8 @@
 In Breakout an agent loses its lives to fast balls and the narrow paddle: it has to know where the ball will come down.
 Here an agent plays, and the console's memory tells of each fast ball where it came down, and where the paddle was on
 the way. Each network then learns to say that distance, as its value: with its initial weights, its optimizer, the clips
-and the rate of training, which falls to a tenth. Printed is how far off it is on balls of other games. A network that
-cannot learn this here will not learn it from rewards.
+and the rate of training, which falls to a tenth. Printed is how far off it is on the last pictures, which it has not
+learnt from. A network that cannot learn this here will not learn it from rewards.
 """
 
 import startup  # isort: skip  # first: it checks the packages and sets TensorFlow up
