@@ -33,7 +33,7 @@ watching = importlib.import_module("a3c-test")  # no name that `import` can say
 BALL_X, PADDLE_X = 99, 72  # bytes of memory: where they begin, pixels
 HIGH, LOW, PADDLE_Y = 90, 165, 189  # pixels from the top: a ball is looked at from HIGH on, and has to come to LOW
 UNIT = 20.0  # pixels: what a network has to say is about as large as the values that it says in training
-BATCH, TEST = 64, 0.15  # balls of an update; share of the pictures that are kept for the test, from the last games
+BATCH, TEST = 64, 0.15  # balls of an update; share of the pictures, the last ones, that are kept for the test
 SHARE = 0.5  # of the pictures that are kept: those of one ball are much alike
 
 
@@ -102,6 +102,7 @@ def learn(config: a3c.Config, device: str, updates: int, histories, distances, n
     shared = a3c.make_network(config, find_game("Breakout-v0"), device)
     network, rng, known = shared.make_copy(), np.random.default_rng(config.random_seed), len(distances)
     known -= int(TEST * known)
+    config = dataclasses.replace(config, annealing_steps=updates)  # the rate falls over these
 
     @functools.partial(tf.function, autograph=False)
     def update(history, distance, rate):
@@ -115,7 +116,7 @@ def learn(config: a3c.Config, device: str, updates: int, histories, distances, n
     start = time.process_time()
     for number in tqdm(range(updates), desc=config.network, unit="update", dynamic_ncols=True):
         batch = rng.integers(known, size=BATCH)
-        rate = np.float32(config.learning_rate * (1 - 0.9 * number / updates))
+        rate = np.float32(config.learning_rate_at(number))
         update(tf.constant(histories[batch]), tf.constant(distances[batch]), rate)
     took = (time.process_time() - start) / updates
     says = [network(tf.constant(h), network.initial_state(len(h)))[1] for h in np.array_split(histories[known:], 40)]
