@@ -91,8 +91,11 @@ def run(trial: Trial, log_dir: str, steps: int, cores: list[int], stop: threadin
 
 
 def follow(program: list[str], cores: list[int], output: str, stop: threading.Event) -> int | None:
-    """Run a program of ours to its end; return its exit status, or None where `stop` came first: it is told to end."""
-    words = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, *program]
+    """Run a program of ours to its end; return its exit status, or None where `stop` came first: it is told to end.
+
+    It is also told so where the thread that called this is no more: no training outlives a search that is killed.
+    """
+    words = ["setpriv", "--pdeathsig=TERM", "taskset", "-c", ",".join(map(str, cores)), sys.executable, *program]
     with open(output, "a") as file:
         process = subprocess.Popen(words, cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True)
     while process.poll() is None:

@@ -1,6 +1,7 @@
 """The runner of experiments, as a user calls it."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,27 @@ def test_search_that_is_stopped_saves_its_runs_and_resumes_them_the_next_time(tm
     _, (row,) = search(tmp_path, f"tiny: {TINY}\n", "--steps=20")  # fewer than it has
     assert "resumed " in (run / "output.txt").read_text()
     assert (row["ended"], row["agent_steps"]) == ("done", read_rows(run / "progress.csv")[-1]["agent_steps"])
+
+
+TRAINING = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+print("began", flush=True)
+told = signal.sigtimedwait([signal.SIGTERM], 60)
+print("told to end by signal", told.si_signo, flush=True)
+"""
+
+
+def test_training_does_not_outlive_a_search_that_is_killed(tmp_path):
+    output, end = tmp_path / "output.txt", time.monotonic() + 60
+    call = f"follow(['-c', {TRAINING!r}], {os.sched_getaffinity(0)}, {str(output)!r}, threading.Event())"
+    words = [sys.executable, "-c", f"import threading; from benchmarks.experiments import follow; {call}"]
+    with subprocess.Popen(words, cwd=ROOT) as search:
+        for expected in ("began\n", f"began\ntold to end by signal {signal.SIGTERM:d}\n"):
+            while not output.exists() or output.read_text() != expected:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            search.kill()
 
 
 @pytest.mark.parametrize(
