@@ -31,7 +31,7 @@ from startup import UserError, tf
 watching = importlib.import_module("a3c-test")  # no name that `import` can say
 
 BALL_X, PADDLE_X = 99, 72  # bytes of memory: where they begin, pixels
-HIGH, LOW, PADDLE_Y = 90, 165, 189  # pixels from the top: a ball is looked at from HIGH on, and has to come to LOW
+HIGH, LOW, PADDLE_Y = 90, 165, 177  # of BALL_Y: a ball is looked at from HIGH on, has to come to LOW, and is hit there
 UNIT = 20.0  # pixels: what a network has to say is about as large as the values that it says in training
 BATCH, TEST = 64, 0.15  # balls of an update; share of the pictures, the last ones, that are kept for the test
 SHARE = 0.5  # of the pictures that are kept: those of one ball are much alike

@@ -5,10 +5,12 @@ import types
 import gymnasium
 import numpy as np
 import pytest
+from test_misses import follow
 
 import a3c
 from benchmarks import aim
 from benchmarks.misses import BALL_Y, FASTEST, SPEED_Y, WIDTH
+from environment import find_game, make_watching_env
 
 
 class Memory(gymnasium.Env):
@@ -43,10 +45,10 @@ def known(moments, monkeypatch):
 
 @pytest.mark.parametrize("half, narrow", [(6, True), (8, False)])
 def test_each_picture_of_a_fast_ball_is_known_with_its_way_to_where_that_comes_down(monkeypatch, half, narrow):
-    fall = [(100 + n, 80 + 10 * n, FASTEST, 90 + 2 * n, half) for n in range(10)]  # to y = 170; it would come to 110.9
+    fall = [(100 + n, 80 + 10 * n, FASTEST, 90 + 2 * n, half) for n in range(10)]  # to y = 170; it would come to 109.7
     found = known([*fall, (110, 180, -FASTEST, 110, half)], monkeypatch)
     assert [history for history, _, _ in found] == list(range(2, 10))  # from below HIGH on
-    np.testing.assert_allclose([d * aim.UNIT for _, d, _ in found], [110.9 - (90 + 2 * n) for n in range(2, 10)])
+    np.testing.assert_allclose([d * aim.UNIT for _, d, _ in found], [109.7 - (90 + 2 * n) for n in range(2, 10)])
     assert [is_narrow for _, _, is_narrow in found] == [narrow] * 8
 
 
@@ -61,6 +63,22 @@ def test_each_picture_of_a_fast_ball_is_known_with_its_way_to_where_that_comes_d
 )
 def test_other_balls_are_not_known(monkeypatch, moments):
     assert known(moments, monkeypatch) == []
+
+
+def test_balls_are_hit_where_it_says():
+    hits, rises = [], False
+    with make_watching_env(find_game("BreakoutNoFrameskip-v4", 1)) as env:
+        env.reset(seed=1)
+        memory = env.unwrapped.ale.getRAM().astype(int)
+        for step in range(1000):
+            height = memory[BALL_Y]
+            env.step(follow(memory, step))
+            memory = env.unwrapped.ale.getRAM().astype(int)
+            if not rises and aim.LOW < memory[BALL_Y] < height:
+                hits.append(height)
+            rises = memory[BALL_Y] < height
+    assert len(hits) > 5
+    assert set(hits) == {aim.PADDLE_Y}
 
 
 def test_network_learns_where_the_brightest_column_is():
