@@ -118,12 +118,12 @@ class Config:
         """Return the entropy's weight of the update after so many agent steps."""
         return self.entropy_beta * _annealed(agent_steps, self.entropy_annealing_steps or math.inf)
 
-    def average_rate_at(self, iteration: int) -> float:
-        """Return how far the average network goes towards the newest with the update after so many updates, 0 to 1.
+    def average_rate_at(self, agent_steps: int) -> float:
+        """Return how far the average network goes towards the newest with the update after so many steps, 0 to 1.
 
         So a network's share in the average falls as the run goes on, with the power `1 / average_window` of its length.
         """
-        return 1 / max(1.0, self.average_window * (iteration + 1))
+        return 1 / max(1.0, self.average_window * (agent_steps / self.steps_per_update + 1))
 
 
 def _annealed(agent_steps: int, length: float) -> float:

@@ -129,7 +129,7 @@ class GroupAgent:
         with progress.lock:
             if not config.is_finished(progress):
                 learning_rate = np.float32(config.learning_rate_at(progress.agent_steps))
-                self.update(gradients, learning_rate, np.float32(config.average_rate_at(progress.iteration)))
+                self.update(gradients, learning_rate, np.float32(config.average_rate_at(progress.agent_steps)))
                 progress.iteration += 1
                 progress.agent_steps += config.steps_per_update
                 self.on_update(losses)

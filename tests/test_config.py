@@ -158,12 +158,15 @@ def test_weight_of_the_entropy_falls_to_a_tenth_in_a_line_where_asked(length, ex
     np.testing.assert_allclose([config.entropy_beta_at(steps) for steps in (0, 50, 100, 10**6)], expected, rtol=1e-6)
 
 
-def test_average_is_of_the_last_part_of_the_run():
-    config = Config(average_window=0.1)
-    average = 0.0
-    for iteration in range(5000):
-        average += config.average_rate_at(iteration) * (iteration - average)
-    assert average == pytest.approx(5000 * 10 / 11, abs=1)  # the mean age is a tenth of the rest
+@pytest.mark.parametrize("changed_at", [None, 250_000])
+def test_average_is_of_the_last_part_of_the_run(changed_at):
+    config, average, steps = Config(average_window=0.1, agents_per_thread=16, unroll_step=5), 0.0, 0
+    while steps < 400_000:
+        if steps == changed_at:  # a run that goes on with updates four times as long
+            config = Config(average_window=0.1, agents_per_thread=16, unroll_step=20)
+        average += config.average_rate_at(steps) * (steps - average)
+        steps += config.steps_per_update
+    assert average == pytest.approx(400_000 * 10 / 11, rel=0.001)  # the mean age is a tenth of the rest
 
 
 # Flags.
