@@ -29,6 +29,7 @@ import checkpoint
 import settings
 from environment import Game, empty_history, find_game, history_to_frames, make_watching_env, preprocess, push_frame
 from film import Moment, open_film
+from network import ActorCritic
 from original import OriginalFrames, is_original
 from startup import UserError, as_user_error, tf
 
@@ -80,17 +81,17 @@ def choose_action(logits: np.ndarray, policy: str, epsilon: float, rng: np.rando
 
 
 def play_game(env: gymnasium.Env, seed: int, policy: str, epsilon: float, film: Callable | None = None) -> Generator:
-    """Play a game to its end. Yields what it shows and whether that is its beginning; `film` is called with moments.
+    """Play a game to its end. Yields what it shows, whether that is its beginning and the action that led to it.
 
     It is sent what the network makes of that: logits [A], value, history [84, 84] uint32. Returns the raw score, and
-    what it was at each loss of a life; nothing where the game has no lives.
+    what it was at each loss of a life; nothing where the game has no lives. `film` is called with moments.
     """
     rng = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    score, lives, lives_lost_at, is_first, ended = 0.0, info["lives"], [], True, False
+    score, lives, lives_lost_at, is_first, ended, action = 0.0, info["lives"], [], True, False, 0
     while not ended:
         screen = env.unwrapped.ale.getScreenRGB() if film else None
-        logits, value, history = yield observation, is_first
+        logits, value, history = yield observation, is_first, action
         action = choose_action(logits, policy, epsilon, rng)
         observation, reward, terminated, truncated, info = env.step(action)
         is_first, ended, life_lost = False, terminated or truncated, info["lives"] < lives
@@ -103,9 +104,13 @@ def play_game(env: gymnasium.Env, seed: int, policy: str, epsilon: float, film: 
     return score, lives_lost_at
 
 
-def decide(network: Callable, history, state, observations, is_first):
-    """Return the new history and state, logits [B, A] and values [B] of B games with `observations` [B, H, W] uint8."""
-    history, state = push_frame(history, preprocess(observations), is_first), tf.where(is_first[:, None], 0.0, state)
+def decide(network: ActorCritic, history, state, actions, observations, is_first):
+    """Return the new history and state, logits [B, A] and values [B] of B games with `observations` [B, H, W] uint8.
+
+    They are what the last `actions` [B] int32 led to, but where a game begins, which `is_first` [B] bool says.
+    """
+    history = push_frame(history, preprocess(observations), is_first)
+    state = tf.where(is_first[:, None], 0.0, network.remember(state, actions))
     games, others = history.shape[0], [0, ROWS - history.shape[0]]
     logits, values, state = network(tf.pad(history, [others, [0, 0], [0, 0]]), tf.pad(state, [others, [0, 0]]))
     return history, state[:games], logits[:games], values[:games]
@@ -114,7 +119,7 @@ def decide(network: Callable, history, state, observations, is_first):
 def play_games(
     envs: Sequence, network: Callable, state: tf.Tensor, flags: Flags, film: Callable | None = None, signals=()
 ):
-    """Play all games, side by side in `envs`, until a signal is in `signals`. `state` [B, 2U] is that of an LSTM.
+    """Play all games, side by side in `envs`, until a signal is in `signals`. `state` [B, S] is the network's.
 
     Yields (score, lives lost at, seed) of each game as it ends. The first environment plays those for the film.
     """
@@ -131,11 +136,12 @@ def play_games(
     first = itertools.chain(filmed, others)
     games = {index: play_in_turn(env, others if index else first) for index, env in enumerate(envs)}
     observations = np.zeros([len(envs), *envs[0].observation_space.shape], np.uint8)
-    history, is_first, outputs = empty_history(len(envs)), np.ones(len(envs), bool), [None] * len(envs)
+    history, outputs = empty_history(len(envs)), [None] * len(envs)
+    is_first, actions = np.ones(len(envs), bool), np.zeros(len(envs), np.int32)
 
     def advance(index: int) -> None:
         try:
-            observations[index], is_first[index] = games[index].send(outputs[index])
+            observations[index], is_first[index], actions[index] = games[index].send(outputs[index])
         except StopIteration:
             del games[index]
 
@@ -145,7 +151,7 @@ def play_games(
             while ended:
                 yield ended.popleft()
             if games:
-                history, state, *heads = network(history, state, observations, is_first)
+                history, state, *heads = network(history, state, actions, observations, is_first)
                 outputs = list(zip(*(head.numpy() for head in heads), history.numpy(), strict=True))
 
 

@@ -79,6 +79,7 @@ class Config:
     network: Literal["original", "pooled", "deep"] = "original"  # see better: finer convolutions, then max-pooling
     filters: Count = 32  # filters of the first convolution; the others have twice as many
     lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Use input_scale = unit
+    last_action: bool = False  # the network also gets what was done last, which the screen shows only frames later
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the copies; auto: bfloat16 if the CPU has it
 
     save_steps: Steps = 6_400_000  # agent steps between checkpoints; the newest three are kept
@@ -237,6 +238,7 @@ def make_network(config: Config, game: Game, device: str) -> SharedNetwork:
         filters=config.filters,
         background=game.background if config.subtract_background else 0,
         lstm=config.lstm,
+        last_action=config.last_action,
         input_scale=config.input_scale,
         network=config.network,
     )

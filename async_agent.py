@@ -150,6 +150,7 @@ class GroupAgent:
             for step in range(config.unroll_step):
                 logit, value, state = network(history, state)
                 action = draw_action(logit, tf.add(seed, [0, step]))
+                state = network.remember(state, action)
                 screen, reward, done, return_ends = self._step_in_graph(action)
                 history = push_frame(history, preprocess(screen), done)
                 state = tf.where(done[:, None], 0.0, state)  # where a game ended, the next frame is another's first

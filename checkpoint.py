@@ -147,7 +147,7 @@ def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, 
             continue
         if name == "weights/policy" and was and now and was[-1] != now[-1]:
             raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
-        settings = "--network, --filters, --lstm, --input_scale and --subtract_background"
+        settings = "--network, --filters, --lstm, --last_action, --input_scale and --subtract_background"
         why = f"Train with the --preset, or {settings}, that it was trained with, or into another --log_dir"
         raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
 
@@ -163,6 +163,7 @@ def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[Act
         "filters": tensors.get("weights/conv1", np.zeros(1)).shape[-1],  # a network without conv1 does not fit
         "background": -int(tensors.get("biases/input", 0)),
         "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
+        "last_action": "weights/action" in tensors,
         "input_scale": "unit" if "weights/input" in tensors else "raw",
         "network": ("deep" if "weights/conv3" in tensors else "pooled") if small else "original",
     }

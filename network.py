@@ -3,7 +3,8 @@
 Source: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", section 4 and supplement 3;
 `network.py` of hiwonjoon/tf-a3c-gpu for the layers, the initial weights and the average-norm clip.
 
-Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution, U units of the LSTM.
+Shapes: T steps of an unroll, B games of a group, A actions, F filters of the first convolution, U units of the LSTM, S
+numbers of a state.
 """
 
 import math
@@ -56,6 +57,7 @@ class ActorCritic(tf.Module):
       background: grey level that is subtracted from the pixels. A screen that is mostly bright needs it: else the first
         updates push most filters of the first convolution below zero everywhere, where they stop learning.
       lstm: U, 0 for none.
+      last_action: whether the hidden layer also gets what was done last. The screen shows that only frames later.
       input_scale: "raw" is the original's, pixels of 0..255 and weights of N(0, 0.02); "unit" divides them by 256, and
         begins with weights that keep their size (He et al. 2015): what an LSTM is made for.
     """
@@ -69,10 +71,12 @@ class ActorCritic(tf.Module):
         network: str = "original",
         background: int = 0,
         lstm: int = 0,
+        last_action: bool = False,
         input_scale: str = "raw",
     ):
         super().__init__()
-        self.num_actions, self.compute_dtype, self.lstm = num_actions, tf.as_dtype(compute_dtype), lstm
+        self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
+        self.lstm, self.last_action = lstm, last_action
         self.convolutions = CONVOLUTIONS[network]
         shapes, side, depth = {}, FRAME_SIZE, 4
         for number, (size, stride, multiple, pooled) in enumerate(self.convolutions, 1):
@@ -91,20 +95,33 @@ class ActorCritic(tf.Module):
             initial = tf.cast(normal(shape, [seed, index], stddev=stddev), self.compute_dtype)
             self.weights[layer] = tf.Variable(initial, name=layer)
             self.biases[layer] = tf.Variable(tf.zeros(shape[-1:], self.compute_dtype), name=f"{layer}_bias")
+        if last_action:  # at first it changes nothing
+            self.weights["action"] = tf.Variable(
+                tf.zeros([num_actions, HIDDEN_UNITS], self.compute_dtype), name="action"
+            )
         if background:  # added to the pixels; a variable, so that checkpoints hold it
             self.biases["input"] = tf.Variable(tf.cast(-background, self.compute_dtype), trainable=False, name="input")
         if input_scale == "unit":  # multiplies them after that; exact in bfloat16 too, as 1 / 255 would not be
             self.weights["input"] = tf.Variable(tf.cast(1 / 256, self.compute_dtype), trainable=False, name="scale")
 
     def initial_state(self, num_games: int) -> tf.Tensor:
-        """Return what an LSTM knows when a game begins: zeros [B, 2U] float32, its output and its cells.
+        """Return what a network knows when a game begins, beside the frames: zeros [B, S] float32.
 
-        Without an LSTM U is 0, so the state is a tensor of no numbers, and goes through unchanged.
+        S is 2U + A: an LSTM's output and cells, and which action was the last. What there is not has no numbers.
         """
-        return tf.zeros([num_games, 2 * self.lstm])
+        return tf.zeros([num_games, 2 * self.lstm + self.num_actions * self.last_action])
+
+    def remember(self, state: tf.Tensor, action: tf.Tensor) -> tf.Tensor:
+        """Return the state [B, S] with `action` [B] int32 as the last one, if the network gets that."""
+        if not self.last_action:
+            return state
+        return tf.concat([state[:, : 2 * self.lstm], tf.one_hot(action, self.num_actions)], axis=1)
 
     def __call__(self, history: tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Return logits [B, A], value [B] and the next state, of `history` [B, 84, 84] uint32 and `state` [B, 2U]."""
+        """Return logits [B, A], value [B] and the next state, of `history` [B, 84, 84] uint32 and `state` [B, S].
+
+        The next state has the same last action: `remember` is for the next.
+        """
         x = tf.cast(history_to_frames(history), self.compute_dtype)  # 0..255
         w, b = self.weights, self.biases
         x = x + b["input"] if "input" in b else x
@@ -116,10 +133,14 @@ class ActorCritic(tf.Module):
             x = add(tf.nn.conv2d(x, w[f"conv{number}"], stride, "SAME"), b[f"conv{number}"])
             x = tf.nn.relu(tf.nn.max_pool2d(x, 2, 2, "SAME") if pooled else x)  # at last [B, 11, 11, 2F]
         x = tf.reshape(x, [x.shape[0], -1])
-        x = tf.nn.relu(x @ w["hidden"] + b["hidden"])  # [B, HIDDEN_UNITS]
+        x = x @ w["hidden"] + b["hidden"]
+        memory, last_action = state[:, : 2 * self.lstm], state[:, 2 * self.lstm :]
+        x = x + tf.cast(last_action, self.compute_dtype) @ w["action"] if self.last_action else x
+        x = tf.nn.relu(x)  # [B, HIDDEN_UNITS]
         if self.lstm:
-            state = lstm_step(x, state, w["lstm"], b["lstm"])
-            x = tf.cast(state[:, : self.lstm], self.compute_dtype)  # [B, U]
+            memory = lstm_step(x, memory, w["lstm"], b["lstm"])
+            state = tf.concat([memory, last_action], axis=1)
+            x = tf.cast(memory[:, : self.lstm], self.compute_dtype)  # [B, U]
         logits = x @ w["policy"] + b["policy"]
         value = x @ w["value"] + b["value"]
         return tf.cast(logits, tf.float32), tf.cast(tf.squeeze(value, axis=1), tf.float32), state

@@ -79,16 +79,17 @@ def watch(model: str, pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     graph = tf.function(functools.partial(watching.decide, network), autograph=False)
     envs = [Fall(make_watching_env(game), known, seed) for seed in range(watching.ROWS)]
     screens = np.stack([env.reset(seed=seed)[0] for seed, env in enumerate(envs)])
-    history, state, is_first = empty_history(len(envs)), network.initial_state(len(envs)), np.ones(len(envs), bool)
+    history, state = empty_history(len(envs)), network.initial_state(len(envs))
+    is_first, actions = np.ones(len(envs), bool), np.zeros(len(envs), np.int32)
     rng = np.random.default_rng(0)
     with tqdm(total=pictures, unit="picture", dynamic_ncols=True) as bar:
         while len(known) < pictures:
-            history, state, logits, _ = graph(history, state, screens, is_first)
+            history, state, logits, _ = graph(history, state, actions, screens, is_first)
             seen = history.numpy()
             for index, (env, logit) in enumerate(zip(envs, logits.numpy(), strict=True)):
                 env.history = seen[index]
-                action = watching.choose_action(logit, "softmax", 0.0, rng)
-                screens[index], _, terminated, truncated, _ = env.step(action)
+                actions[index] = watching.choose_action(logit, "softmax", 0.0, rng)
+                screens[index], _, terminated, truncated, _ = env.step(actions[index])
                 is_first[index] = terminated or truncated
                 if is_first[index]:
                     screens[index], _ = env.reset()

@@ -83,6 +83,8 @@ def test_newest_three_checkpoints_are_kept_and_a_copy_of_the_newest(tmp_path):
         {"filters": 8, "network": "pooled"},
         {"filters": 8, "network": "deep"},
         {"filters": 8, "background": 87, **RECURRENT},
+        {"filters": 8, "last_action": True},
+        {"filters": 8, "last_action": True, **RECURRENT},
     ],
 )
 def test_network_is_loaded_as_it_was_saved(tmp_path, layers):
@@ -352,6 +354,8 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
         (RECURRENT, {**RECURRENT, "lstm": 6}, "of another network: weights/policy .*--lstm"),
         ({"input_scale": "unit"}, {}, "of another network: weights/input .*--input_scale"),
         ({}, {"input_scale": "unit"}, "of another network: weights/input .*--input_scale"),
+        ({}, {"last_action": True}, "of another network: weights/action .*--last_action"),
+        ({"last_action": True}, {}, "of another network: weights/action .*--last_action"),
         ({}, {"network": "pooled"}, "of another network: weights/conv1 .*--network"),
         ({"network": "pooled"}, {}, "of another network: weights/conv1 .*--network"),
         ({"network": "pooled"}, {"network": "deep"}, "of another network: weights/conv2 .*--network"),

@@ -54,6 +54,7 @@ def test_defaults_are_the_originals():
         "filters": 32,
         "input_scale": "raw",
         "lstm": 0,
+        "last_action": False,
         "save_steps": 20_000 * 64 * 5,
         "summary_period": 100,
     }

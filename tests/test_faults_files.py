@@ -157,7 +157,7 @@ def watch(monkeypatch, tmp_path):
     """Return a function that runs a3c-test.py in tmp_path and in this process, with games of three screens."""
 
     def play_game(env, seed, policy, epsilon, film=None):
-        yield env.reset(seed=seed)[0], True
+        yield env.reset(seed=seed)[0], True, 0
         for _ in range(3):
             film and film(types.SimpleNamespace(screen=env.unwrapped.ale.getScreenRGB()))
         return 2.0, []

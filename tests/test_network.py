@@ -391,6 +391,29 @@ def test_lstm_is_that_of_the_formula_and_stands_between_the_hidden_layer_and_the
     np.testing.assert_allclose(values, (after[:, :5] @ w["value"])[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("lstm", [0, 5])
+def test_last_action_is_added_to_the_hidden_layer(lstm):
+    layers = {"filters": 4, "lstm": lstm, "input_scale": "unit"}
+    network, plain = net.ActorCritic(A, 3, **layers, last_action=True), net.ActorCritic(A, 3, **layers)
+    assert network.initial_state(2).shape == [2, 2 * lstm + A]
+    history, memory = random_history(num_games=2), np.random.default_rng(2).normal(size=[2, 2 * lstm]).astype("f")
+    before = network.remember(tf.pad(memory, [[0, 0], [0, A]]), tf.constant([2, 0]))
+    plain_before = plain.remember(memory, tf.constant([2, 0]))
+    for mine, theirs in zip(network(history, before)[:2], plain(history, plain_before)[:2], strict=True):
+        np.testing.assert_array_equal(mine, theirs)  # at first it changes nothing
+    network.weights["action"].assign(np.random.default_rng(1).normal(size=[A, 256]))
+    told, none = network(history, before), network(history, tf.pad(memory, [[0, 0], [0, A]]))
+    for game, action in enumerate([2, 0]):
+        plain.biases["hidden"].assign(network.weights["action"][action])
+        *heads_alone, after = (x[game] for x in plain(history, memory))
+        for mine, theirs in zip(told[:2], heads_alone, strict=True):
+            np.testing.assert_allclose(mine[game], theirs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(told[2][game], [*after, *np.eye(A)[action]], rtol=1e-4, atol=1e-5)
+        plain.biases["hidden"].assign(np.zeros(256))  # in the first step of a game
+        np.testing.assert_allclose(none[1][game], plain(history, memory)[1][game], rtol=1e-5)
+        assert abs(told[1][game] - none[1][game]) > 0.001
+
+
 def test_same_seed_gives_the_same_weights_and_another_seed_others():
     one, same, other = (net.ActorCritic(4, seed).weights["conv1"].numpy() for seed in (7, 7, 8))
     np.testing.assert_array_equal(one, same)

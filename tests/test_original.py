@@ -77,7 +77,7 @@ def test_it_is_played_with_its_own_frames_and_says_so(tmp_path, monkeypatch, cap
 
     def play_game(env, *_):
         seen.append(env.reset(seed=0)[0])
-        yield seen[0], True
+        yield seen[0], True, 0
         return 3.0, []
 
     monkeypatch.setattr(watching, "play_game", play_game)

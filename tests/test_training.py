@@ -48,9 +48,10 @@ def test_network_is_made_as_the_config_says():
     assert "input" not in plain.biases
     assert plain.make_copy().compute_dtype == tf.float32
     other = {"lstm": 3, "input_scale": "unit", "optimizer": "adam", "adam_epsilon": 1e-2, "network": "pooled"}
+    other["last_action"] = True
     other = a3c.make_network(a3c.Config(**other, **asked), game, "/CPU:0")
     assert (other.optimizer, other.epsilon, other.lstm) == ("adam", 1e-2, 3)
-    assert "input" in other.make_copy().weights
+    assert {"input", "action"} < other.make_copy().weights.keys()
     assert other.make_copy().weights["conv1"].shape[0] == 5
     expected = ActorCritic(game.num_actions, seed=7, filters=2)
     for mine, theirs in zip(plain.trainable_variables, expected.trainable_variables, strict=True):

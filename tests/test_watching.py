@@ -54,16 +54,21 @@ class ScriptedGame(gymnasium.Env):
 
 
 def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
-    histories, states, logits = [], [], np.eye(4, dtype=np.float32)
+    histories, states, remembered, logits = [], [], [], np.eye(4, dtype=np.float32)
 
-    def network(history, state):
-        histories.append(history_to_frames(history)[0].numpy())
-        states.append(float(state[0, 0]))
-        likeliest = tf.tile(logits[len(histories) % 4][None], [len(history), 1])
-        return likeliest, tf.fill([len(history)], len(histories) / 2), state + 1
+    class Network:
+        def remember(self, state, action):
+            remembered.extend(action)
+            return state + 0.5
+
+        def __call__(self, history, state):
+            histories.append(history_to_frames(history)[0].numpy())
+            states.append(float(state[0, 0]))
+            likeliest = tf.tile(logits[len(histories) % 4][None], [len(history), 1])
+            return likeliest, tf.fill([len(history)], len(histories) / 2), state + 1
 
     game, filmed, flags = ScriptedGame(), [], watching.Flags(seed=1, iter=1, epsilon=0.0)
-    decide = functools.partial(watching.decide, network)
+    decide = functools.partial(watching.decide, Network())
     ((score, lives_lost_at, seed),) = watching.play_games([game], decide, tf.fill([1, 2], 9.0), flags, filmed.append)
     assert seed == 1
     assert score == 1 - 2 + 4 - 8 + 16 + 32
@@ -74,7 +79,8 @@ def test_game_is_played_to_its_end_on_the_last_four_frames_for_its_raw_score():
         queue.append(preprocess(screen[None])[0].numpy())
         np.testing.assert_array_equal(found, np.stack(queue, axis=-1))
     assert len(histories) == 6
-    assert states == [0, 1, 2, 3, 4, 5]
+    assert states == [0, 1.5, 3, 4.5, 6, 7.5]
+    assert remembered[1:] == game.actions[:5]
     np.testing.assert_array_equal([moment.screen for moment in filmed], game.screens[:6])
     np.testing.assert_array_equal([moment.frames for moment in filmed], histories)
     assert [moment.value for moment in filmed] == [0.5, 1, 1.5, 2, 2.5, 3]
@@ -104,7 +110,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     def play_game(env, seed, policy, epsilon, film):
         before.append(results(tmp_path)["scores"])
         filmed.append(film is not None)
-        yield np.zeros([210, 160], np.uint8), True
+        yield np.zeros([210, 160], np.uint8), True, 0
         return next(games)
 
     monkeypatch.setattr(watching, "play_game", play_game)
@@ -179,11 +185,14 @@ def test_game_of_a_seed_is_the_same_beside_whatever_other_games(main, tmp_path, 
 
 
 def test_what_the_network_says_of_a_game_is_the_same_to_the_last_digit_beside_whatever_other_games():
-    network = ActorCritic(4, lstm=8, input_scale="unit")
-    state = tf.random.stateless_normal([watching.ROWS, 16], [1, 2])
+    network = ActorCritic(4, lstm=8, last_action=True, input_scale="unit")
+    network.weights["action"].assign(tf.random.stateless_normal([4, 256], [3, 4]))
+    state, actions = tf.random.stateless_normal([watching.ROWS, 20], [1, 2]), np.arange(watching.ROWS) % 4
     screens = np.random.default_rng(0).integers(0, 256, [watching.ROWS, 210, 160], np.uint8)
     said = [
-        watching.decide(network, empty_history(games), state[:games], screens[:games], np.zeros(games, bool))
+        watching.decide(
+            network, empty_history(games), state[:games], actions[:games], screens[:games], np.zeros(games, bool)
+        )
         for games in (1, 3, watching.ROWS)
     ]
     for of_one, of_three, of_all in zip(*said, strict=True):
