@@ -28,7 +28,7 @@ SPEEDS = {1: 1.5, 2: 2.0, 3: 3.4}  # what a falling ball's speed byte means in p
 FASTEST, WIDE = 3, 8
 PADDLES = {"wide": False, "narrow": True}  # 16 and 12 pixels
 BELOW_ALL_BRICKS = 120  # a ball that turns upwards beneath this was hit by the paddle
-SCORES = (0, 60, 150, 300, 350, float("inf"))
+SCORES = (0, 60, 150, 300, 350, 400, 432, float("inf"))  # a wall is worth 432 points
 
 
 class Ball(NamedTuple):

@@ -71,7 +71,8 @@ def test_table_has_the_share_of_each_range_and_speed(monkeypatch, capsys):
     rows = misses.table(balls).splitlines()
     assert rows[2] == "| 0 - 60 | none came | none came | 50.0 % of 2 | 100.0 % of 1 | 4.0 |"
     assert rows[3] == "| 60 - 150 | 0.0 % of 1 | none came | none came | none came |  |"
-    assert rows[6] == "| 350 and more | none came | 100.0 % of 1 | none came | none came |  |"
+    assert rows[5] == "| 300 - 350 | none came | none came | none came | none came |  |"
+    assert rows[8] == "| 432 and more | none came | 100.0 % of 1 | none came | none came |  |"
 
 
 def test_model_that_is_not_there_is_one_line(monkeypatch, tmp_path):
