@@ -54,7 +54,7 @@ class GroupAgent:
         self.on_update, self.size = on_update, size
         self.network = shared.make_copy()
         self.envs = None
-        # What the next actions are for. The state is that of an LSTM which has not yet seen the newest frame.
+        # What the next actions are for. An LSTM's state has not yet seen the newest frame; the last action led to it.
         self.history = empty_history(config.agents_per_thread)
         self.state = self.network.initial_state(config.agents_per_thread)
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
