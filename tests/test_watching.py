@@ -138,9 +138,9 @@ def test_average_is_played_and_named_unless_the_newest_weights_are_asked_for(
     path, played = run.save(10), []
 
     def play_games(envs, network, *_):
-        played.append(
-            network(empty_history(1), np.zeros([1, 0], np.float32), envs[0].reset()[0][None], np.ones(1, bool))
-        )
+        screen, _ = envs[0].reset()
+        state, actions, is_first = np.zeros([1, 0], np.float32), np.zeros(1, np.int32), np.ones(1, bool)
+        played.append(network(empty_history(1), state, actions, screen[None], is_first))
         return []
 
     monkeypatch.setattr(watching, "play_games", play_games)
