@@ -143,7 +143,7 @@ def test_agent_saved_without_optimizer_and_average_is_resumed_with_new_ones(tmp_
 @pytest.mark.parametrize(
     "agent, num_actions, options",
     [
-        ("breakout-v0", 4, {"network": "deep", "average": True}),
+        ("breakout-v0", 4, {"network": "deep", "last_action": True, "input_scale": "unit", "average": True}),
         ("breakout-v0-fast", 4, {}),
         ("breakout-noframeskip-v4", 4, {}),
         ("spaceinvaders-noframeskip-v4", 6, {}),
