@@ -181,8 +181,13 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         graph = tf.function(functools.partial(decide, network), autograph=False)
         policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
         window = 0.0 if flags.newest else config.get("average_window", 0.0)
-        weights = f", the average of the last {100 * window:g} % of them" * (window > 0)
-        print(f"{game.id}, {model} after {iteration:,} updates{weights}, {policy}, on {device.strip('/')}", flush=True)
+        if flags.newest and config.get("average_window") and "averages/0" not in checkpoint.read(model)[0]:
+            raise UserError(f"--newest: {model} holds only the average of its run's networks")
+        weights = f", the average with a window of {window:g}" * (window > 0)
+        low, high = game.frameskip_range or (game.frameskip, game.frameskip)
+        skip = f"frame-skip {low}" + f" to {high} at random" * (high > low)
+        updates = f"{model} after {iteration:,} updates{weights}"
+        print(f"{game.id}, {skip}, {updates}, {policy}, on {device.strip('/')}", flush=True)
         about = {"game": game.id, "model": os.path.basename(model), "iteration": iteration, "policy": flags.policy}
         about |= {"epsilon": flags.epsilon if flags.policy == "greedy" else None, "frameskip": frameskip}
         about |= {"average_window": window} if window else {}
@@ -216,8 +221,9 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
             bar.write(f"game {seed - flags.seed + 1}: {score:g}")
             bar.set_postfix_str(f"mean {summary['mean']:.1f}", refresh=False)
             bar.update()
-    print(f"{len(games)} games: " + ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items()))
-    if len(games) < flags.iter:
+    figures = ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items())
+    print(f"{len(games)} games: {figures}" if games else "no game has ended")
+    if 0 < len(games) < flags.iter:
         print(f"stopped before all {flags.iter} games: short ones end first, so these figures are not those of all")
     print(f"wrote {results_path}" + (f" and {film_path}" if film else ""))
 

@@ -72,11 +72,11 @@ class Config:
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss, at the start
     entropy_annealing_steps: Steps | None = None  # agent steps over which it falls to a tenth, too; None: it stays
     value_weight: PositiveOrZero = 1.0  # weight of the value loss in the loss
-    average_window: Fraction = 0.0  # also keep the mean network of this last part of the run, to be played; 0: do not
+    average_window: Fraction = 0.0  # also keep an average network, two thirds of it of this last part; 0: do not
 
     subtract_background: bool = False  # subtract the background's grey level from the pixels (Pong needs it)
     input_scale: Literal["raw", "unit"] = "raw"  # raw: pixels of 0..255; unit: of 0..1, and initial weights to match
-    network: Literal["original", "pooled", "deep"] = "original"  # see better: finer convolutions, then max-pooling
+    network: Literal["original", "pooled", "deep"] = "original"  # first filters 8x8, pooled: 5x5, deep: 5x5 and 3x3
     filters: Count = 32  # filters of the first convolution; the others have twice as many
     lstm: CountOrZero = 0  # units of an LSTM, a memory, after the hidden layer; 0: none. Use input_scale = unit
     last_action: bool = False  # the network also gets what was done last, which the screen shows only frames later
@@ -122,7 +122,8 @@ class Config:
     def average_rate_at(self, agent_steps: int) -> float:
         """Return how far the average network goes towards the newest with the update after so many steps, 0 to 1.
 
-        So a network's share in the average falls as the run goes on, with the power `1 / average_window` of its length.
+        So after n updates the network of update k has a share that grows with k ** (1 / average_window - 1), and those
+        of the last `average_window` of the run have two thirds together.
         """
         return 1 / max(1.0, self.average_window * (agent_steps / self.steps_per_update + 1))
 
@@ -212,7 +213,9 @@ def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) ->
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
         settings.note_config(config, progress, resumed is not None, given)
         if config.is_finished(progress):
-            print(f"nothing to do: iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps; lift limits")
+            limits = f"max_iteration = {config.max_iteration}, max_agent_steps = {config.max_agent_steps}"
+            done = f"iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps"
+            print(f"nothing to do: {done}. To go on, lift the limits: {limits}")
             return 0
         report = Report(config, progress, check)
         return Groups(config, shared, progress, saver, report, signals).run(game, device)
@@ -250,6 +253,8 @@ def main() -> int:
     with startup.uninterrupted(signals.append):
         try:
             given = given_to_run(parse_config(flags).folder)  # the folder must be known before the run's settings are
+            if given and "preset" in settings.names_in(flags):
+                print("--preset is for new runs: what this one was given by a preset or by flags stays")
             return _train(parse_config(flags, **given), signals, {*given, *settings.names_in(flags)} - {"log_dir"})
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)

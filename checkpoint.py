@@ -81,7 +81,7 @@ class Saver:
                 warn(f"{error}; falling back to an earlier one")
                 damaged.append(path)
             else:
-                check_fits(tensors, self.shared, path)
+                check_fits(tensors, self.shared, path, advice=", or another --log_dir for a new run")
                 there = {name.split("/")[0] for name in tensors}
                 was = "adam" if "updates" in there else "rmsprop"
                 if "mean_squares" in there and was != self.shared.optimizer:
@@ -136,20 +136,45 @@ def read(path: str, or_original: bool = False) -> tuple[dict[str, np.ndarray], i
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
 
 
-def check_fits(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, but: Sequence[str] = ()) -> None:
-    """Raise UserError where a checkpoint's weights, but for some, are not those of a network, by name and shape."""
+def layers_of(tensors: dict[str, np.ndarray]) -> dict:
+    """Return the arguments of `ActorCritic` that a checkpoint's weights tell of its network."""
+    convolution = tensors.get("weights/conv1", np.zeros(1))  # a network without conv1 does not fit
+    small = len(convolution) == 5
+    return {
+        "network": ("deep" if "weights/conv3" in tensors else "pooled") if small else "original",
+        "filters": convolution.shape[-1],
+        "input_scale": "unit" if "weights/input" in tensors else "raw",
+        "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
+        "last_action": "weights/action" in tensors,
+        "background": -int(tensors.get("biases/input", 0)),
+    }
+
+
+def check_fits(
+    tensors: dict[str, np.ndarray], network: ActorCritic, path: str, but: Sequence[str] = (), advice: str = ""
+) -> None:
+    """Raise UserError where a checkpoint's weights, but for some, are not those of a network, by name and shape.
+
+    It says which settings the network would need, or else what the first difference is, and the advice.
+    """
     kinds = {"weights": network.weights, "biases": network.biases}
-    here = {f"{kind}/{layer}": v.shape.as_list() for kind, layers in kinds.items() for layer, v in layers.items()}
-    there = {name: [*x.shape] for name, x in tensors.items() if name.split("/")[0] in kinds}
-    for name in {**here, **there}:
-        was, now = there.get(name), here.get(name)
-        if was == now or name in but:
-            continue
-        if name == "weights/policy" and was and now and was[-1] != now[-1]:
-            raise UserError(f"{path} is of a game with {was[-1]} actions; this one has {now[-1]}")
-        settings = "--network, --filters, --lstm, --last_action, --input_scale and --subtract_background"
-        why = f"Train with the --preset, or {settings}, that it was trained with, or into another --log_dir"
-        raise UserError(f"{path} is of another network: {name} has shape {was} there and {now} here. {why}")
+    here = {f"{kind}/{layer}": v.numpy() for kind, layers in kinds.items() for layer, v in layers.items()}
+    shapes = {name: [*x.shape] for name, x in here.items()}
+    was = {name: [*x.shape] for name, x in tensors.items() if name.split("/")[0] in kinds}
+    different = [name for name in {**shapes, **was} if was.get(name) != shapes.get(name) and name not in but]
+    if not different:
+        return
+    has = layers_of(here)
+    needed = {name: value for name, value in layers_of(tensors).items() if value != has[name]}
+    if "background" in needed:
+        needed["subtract_background"] = needed.pop("background") > 0
+    actions, now = was.get("weights/policy", [0])[-1], network.num_actions
+    if actions not in (0, now) and not needed:
+        raise UserError(f"{path} is of a game with {actions} actions; this one has {now}")
+    name = different[0]
+    why = " ".join(["It needs", *(f"--{name} {value}" for name, value in needed.items())])
+    why = why if needed else f"{name} has shape {was.get(name)} there and {shapes.get(name)} here"
+    raise UserError(f"{path} is of another network. {why}{advice}")
 
 
 def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[ActorCritic, int]:
@@ -157,17 +182,7 @@ def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[Act
 
     Where the run has kept an average of the weights it is that, or else the `newest`.
     """
-    tensors, _ = read(path, or_original=True)
-    small = len(tensors.get("weights/conv1", ())) == 5
-    layers = {
-        "filters": tensors.get("weights/conv1", np.zeros(1)).shape[-1],  # a network without conv1 does not fit
-        "background": -int(tensors.get("biases/input", 0)),
-        "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
-        "last_action": "weights/action" in tensors,
-        "input_scale": "unit" if "weights/input" in tensors else "raw",
-        "network": ("deep" if "weights/conv3" in tensors else "pooled") if small else "original",
-    }
-    network = ActorCritic(num_actions, **layers)
+    network = ActorCritic(num_actions, **layers_of(read(path, or_original=True)[0]))
     return network, load_weights(path, network, newest)
 
 

@@ -72,12 +72,12 @@ def draw_scores(runs: Curves, references: Curves, path: str) -> None:
     for panel, axis in zip(panels, AXES, strict=True):
         for index, (name, run) in enumerate(runs):
             x = run[axis] / UNITS[axis]
-            panel.plot(x, run["average_score"], color=f"C{index}", label=name)
+            panel.plot(x, run["average_score"], "-" if len(x) > 1 else "o", color=f"C{index}", label=name)
             panel.plot(x, run["maximum_score"], color=f"C{index}", linewidth=0.6, alpha=0.5)
         for index, (name, reference) in enumerate(references, len(runs)):
             x, y = reference.get(axis, math.nan * reference["agent_steps"]), reference["average_score"]
             if axis == "agent_steps":
-                x = np.where(x > max(run["agent_steps"].max() for _, run in runs), math.nan, x)  # no farther
+                x = np.where(x > 1.1 * max(run["agent_steps"].max() for _, run in runs), math.nan, x)  # hardly farther
             panel.plot(x / UNITS[axis], y, "--" if len(y) > 1 else "o", color=f"C{index}", label=name)
         panel.set_xlabel(AXES[axis])
         panel.grid(alpha=0.3)
@@ -125,7 +125,8 @@ def draw_losses(runs: Curves, _: Curves, path: str) -> None:
     figure = Figure(figsize=(15, 7), layout="constrained")
     for panel, column in zip(figure.subplots(2, 3, sharex=True).flat, LOSSES, strict=True):
         for name, run in runs:
-            panel.plot(run["agent_steps"] / UNITS["agent_steps"], run[column], linewidth=0.8, label=name)
+            x = run["agent_steps"] / UNITS["agent_steps"]
+            panel.plot(x, run[column], "-" if len(x) > 1 else "o", linewidth=0.8, label=name)
         panel.set_title(column)
         panel.grid(alpha=0.3)
     figure.supxlabel(AXES["agent_steps"])

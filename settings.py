@@ -128,7 +128,8 @@ def note_config(config, progress: "Progress", resuming: bool, given: Set[str]) -
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
+    if not config.is_finished(progress):  # else nothing will be done with it
+        write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
 
 
 def check_path(name: str, path: str) -> None:

@@ -67,7 +67,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if not os.path.isdir(args.folder):
         parser.error(f"{args.folder} is not a folder of a run")
-    print(f"waiting for a new save in {args.folder}; then {args.games} games take a minute or more", flush=True)
+    how = "" if args.once else "; Ctrl-C ends this"
+    print(f"{args.games} games with each new save in {args.folder}, by the greedy policy unless told{how}", flush=True)
     os.nice(19)
     table = os.path.join(args.folder, "evaluation.csv")
     with tf.device(startup.choose_device("cpu")):  # takes nothing of a GPU

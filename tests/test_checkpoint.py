@@ -346,27 +346,32 @@ def test_disk_that_is_full_before_the_copy_to_last_leaves_the_old_last(saved, tm
     [
         ({}, {"num_actions": 6}, "of a game with 4 actions; this one has 6"),
         ({"num_actions": 18}, {}, "of a game with 18 actions; this one has 4"),
-        ({"filters": 8}, {}, "of another network: weights/conv1 has shape .* Train with the --preset"),
-        ({"background": 0}, {"background": 87}, "of another network: biases/input .*--subtract_background"),
-        ({"background": 87}, {"background": 0}, "of another network: biases/input .*--subtract_background"),
-        (RECURRENT, {"input_scale": "unit"}, "of another network: weights/policy .*--lstm"),
-        ({"input_scale": "unit"}, RECURRENT, "of another network: weights/policy .*--lstm"),
-        (RECURRENT, {**RECURRENT, "lstm": 6}, "of another network: weights/policy .*--lstm"),
-        ({"input_scale": "unit"}, {}, "of another network: weights/input .*--input_scale"),
-        ({}, {"input_scale": "unit"}, "of another network: weights/input .*--input_scale"),
-        ({}, {"last_action": True}, "of another network: weights/action .*--last_action"),
-        ({"last_action": True}, {}, "of another network: weights/action .*--last_action"),
-        ({}, {"network": "pooled"}, "of another network: weights/conv1 .*--network"),
-        ({"network": "pooled"}, {}, "of another network: weights/conv1 .*--network"),
-        ({"network": "pooled"}, {"network": "deep"}, "of another network: weights/conv2 .*--network"),
-        ({"network": "deep"}, {"network": "pooled"}, "of another network: weights/conv2 .*--network"),
+        ({"filters": 8}, {}, "of another network. It needs --filters 8, or another --log_dir for a new run"),
+        ({"background": 0}, {"background": 87}, "of another network. It needs --subtract_background False,"),
+        ({"background": 87}, {"background": 0}, "of another network. It needs --subtract_background True,"),
+        (RECURRENT, {"input_scale": "unit"}, "of another network. It needs --lstm 5,"),
+        ({"input_scale": "unit"}, RECURRENT, "of another network. It needs --lstm 0,"),
+        (RECURRENT, {**RECURRENT, "lstm": 6}, "of another network. It needs --lstm 5,"),
+        ({"input_scale": "unit"}, {}, "of another network. It needs --input_scale unit,"),
+        ({}, {"input_scale": "unit"}, "of another network. It needs --input_scale raw,"),
+        ({}, {"last_action": True}, "of another network. It needs --last_action False,"),
+        ({"last_action": True}, {}, "of another network. It needs --last_action True,"),
+        ({}, {"network": "pooled"}, "of another network. It needs --network original,"),
+        ({"network": "pooled"}, {}, "of another network. It needs --network pooled,"),
+        ({"network": "pooled"}, {"network": "deep"}, "of another network. It needs --network pooled,"),
+        ({"network": "deep"}, {"network": "pooled"}, "of another network. It needs --network deep,"),
+        (
+            {"network": "deep", "last_action": True, **RECURRENT},
+            {},
+            "of another network. It needs --network deep --input_scale unit --lstm 5 --last_action True,",
+        ),
     ],
 )
 def test_checkpoint_of_another_network_is_refused_by_name(tmp_path, saved, now, said):
     path = Resumable(tmp_path, **{"filters": 4, **saved}).save(30)
     other = Resumable(tmp_path, seed=2, filters=4, **now)
     before = other.state()
-    with pytest.raises(UserError, match=f"^{re.escape(path)} is {said}"):
+    with pytest.raises(UserError, match="^" + re.escape(f"{path} is {said}")):
         other.resume()
     assert equal(other.state(), before)
     if "actions" in said:

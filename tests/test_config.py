@@ -231,6 +231,7 @@ def test_run_remembers_also_what_it_was_given_that_equals_a_default(tmp_path, mo
     assert (status, errors) == (0, "")
     assert "changed since the last run: decay from 0.99 to 0.9\n" in output
     assert output.count("changed since") == 1
+    assert output.startswith("--preset is for new runs: ")
     given = a3c.given_to_run(str(tmp_path))
     assert (given["filters"], given["global_clip"], given["learning_rate"], given["decay"]) == (32, None, 3e-4, 0.9)
 

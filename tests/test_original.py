@@ -53,7 +53,7 @@ def test_checkpoint_of_the_original_gives_the_logits_and_values_that_it_gave_the
 @pytest.mark.parametrize("without, said", [("linear-policy/b", "biases/policy"), ("conv2/w", "weights/conv2")])
 def test_incomplete_checkpoint_of_the_original_is_refused(tmp_path, without, said):
     write_original(tmp_path / "model.ckpt", np.zeros([1, 84, 84, 4]), f"master/{without}")
-    with pytest.raises(UserError, match=f"of another network: {said} has shape None there"):
+    with pytest.raises(UserError, match=rf"of another network\. {said} has shape None there"):
         checkpoint.load_network(str(tmp_path / "model.ckpt-600000"), 4)
     with pytest.raises(UserError, match=r"no checkpoint in .* is complete"):
         Resumable(tmp_path).resume()

@@ -152,7 +152,7 @@ def test_trained_agent_plays_and_writes_its_scores_and_a_video(trained, tmp_path
     flags = [f"--model={trained[0]}/last.ckpt", f"--out={tmp_path}", "--iter=2", "--epsilon=1", "--frameskip=10"]
     monkeypatch.setattr(sys, "argv", ["a3c-test.py", *flags, "--device=cpu"])
     assert watching.main() == 0
-    assert f"Breakout-v0, {trained[0]}/last.ckpt after 6 updates" in capsys.readouterr().out
+    assert f"Breakout-v0, frame-skip 10, {trained[0]}/last.ckpt after 6 updates" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["game"], results["iteration"], len(results["scores"])) == ("Breakout-v0", 6, 2)
     assert all(score >= 0 and score == int(score) for score in results["scores"])
@@ -171,8 +171,11 @@ def run_copy(trained_copy, main):
 @pytest.mark.row(n=21)
 @pytest.mark.parametrize("limit", ["--max_iteration=6", "--max_iteration=2", "--max_agent_steps=120"])
 def test_run_that_has_come_to_its_end_says_so(run_copy, tmp_path, no_training, limit):
+    before = (tmp_path / "run/config.json").read_text()
     status, output, _ = run_copy(limit)
     assert status == 0
+    assert limit.strip("-").replace("=", " = ") in output.splitlines()[-1]
+    assert (tmp_path / "run/config.json").read_text() == before  # so that the limit holds for this call only
     assert f"resumed {tmp_path}/run/model.ckpt-6:" in output
     assert output.splitlines()[-1].startswith("nothing to do: iteration 6, 120 agent steps")
 

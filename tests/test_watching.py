@@ -129,7 +129,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     assert "3 games: mean 5.0, standard deviation 3.6" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("newest, expected", [(False, ", the average of the last 10 % of them,"), (True, " updates,")])
+@pytest.mark.parametrize("newest, expected", [(False, ", the average with a window of 0.1,"), (True, " updates,")])
 def test_average_is_played_and_named_unless_the_newest_weights_are_asked_for(
     main, tmp_path, monkeypatch, capsys, newest, expected
 ):
@@ -152,6 +152,11 @@ def test_average_is_played_and_named_unless_the_newest_weights_are_asked_for(
         mine.assign(theirs)
     (history, _, _, value), shared = played[0], run.shared if newest else other.shared
     np.testing.assert_allclose(value, heads(shared, history)[1], rtol=1e-4)
+
+
+def test_newest_weights_that_are_not_in_a_file_are_not_played(main, capsys):
+    ended = main(f"--model={SHIPPED}", "--newest"), *capsys.readouterr()
+    assert refusal(ended, "a3c-test.py").endswith("holds only the average of its run's networks")
 
 
 @pytest.mark.parametrize("policy", ["softmax", pytest.param("greedy", marks=pytest.mark.slow)])
