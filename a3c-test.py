@@ -122,6 +122,9 @@ def play_games(
     """Play all games, side by side in `envs`, until a signal is in `signals`. `state` [B, S] is the network's.
 
     Yields (score, lives lost at, seed) of each game as it ends. The first environment plays those for the film.
+
+    In each round all games advance by a step, in threads: each, a generator, is sent what the network made of what it
+    showed last, acts, and yields what it shows now. Then one call of the network is for all.
     """
     seeds, ended = range(flags.seed, flags.seed + flags.iter), collections.deque()
     filmed, others = seeds[: flags.film], iter(seeds[flags.film :])

@@ -59,7 +59,7 @@ class GroupAgent:
         self.state = self.network.initial_state(config.agents_per_thread)
         self.episode_score = np.zeros(config.agents_per_thread)  # [B], raw, of the games in play
         self.lives = np.zeros(config.agents_per_thread)  # [B], left; updated where a lost life ends the return
-        # For the actions and for each game. The iteration is in it, so that a resumed run plays other games.
+        # The first is for the actions, the others for each game. A resumed run, at another iteration, plays others.
         sequence = np.random.SeedSequence([config.random_seed, progress.iteration, index])
         self.seeds = sequence.generate_state(1 + config.agents_per_thread).astype(np.int64) >> 1  # 0..2**31 - 1
         self.steps = 0  # of each game in this run; with the seed it fixes which actions are drawn

@@ -24,7 +24,7 @@ CONVOLUTIONS = {
     "pooled": [(5, 2, 1, True), (4, 2, 2, False)],
     "deep": [(5, 2, 1, True), (3, 1, 2, True), (3, 1, 2, False), (3, 1, 2, False)],
 }
-GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # variance of an initial weight times its layer's inputs; others 2
+GAINS = {"lstm": 1.0, "value": 1.0, "policy": 0.01}  # initial weights have the variance gain / inputs; others 2 (He)
 FORGET_BIAS = 1.0  # an LSTM begins by keeping 0.73 of what it knows
 HIDDEN_UNITS = 256
 ADAM_BETAS = 0.9, 0.999
@@ -107,7 +107,8 @@ class ActorCritic(tf.Module):
     def initial_state(self, num_games: int) -> tf.Tensor:
         """Return what a network knows when a game begins, beside the frames: zeros [B, S] float32.
 
-        S is 2U + A: an LSTM's output and cells, and which action was the last. What there is not has no numbers.
+        First come 2U numbers, an LSTM's output and cells, then A, a one where the last action was. Without an LSTM, or
+        without the last action, S has not these.
         """
         return tf.zeros([num_games, 2 * self.lstm + self.num_actions * self.last_action])
 
