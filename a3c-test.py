@@ -172,20 +172,23 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
     """Load, play, print, write. Stop before the end once a signal is in `signals`."""
     model, out = checkpoint.resolve(flags.model), os.path.expanduser(flags.out)
     config_path = os.path.join(os.path.dirname(model), settings.CONFIG)
-    config = settings.read_config(config_path) if os.path.exists(config_path) else {}
-    if not (flags.game or config):
+    if not (flags.game or os.path.exists(config_path)):
         raise UserError(f"there is no {config_path}, which would say what to play. Name it, such as --game Breakout-v0")
-    as_trained = {name: config[name] for name in ("max_pool", "noop_max", "fire_reset") if name in config}
-    frameskip = flags.frameskip or config.get("frameskip")
-    game = find_game(flags.game or config["game"], frameskip, **as_trained)
+    saved = settings.read_config(config_path) if os.path.exists(config_path) else {}
+    config = a3c.Config(**{name: saved[name] for name in a3c.Config.__dataclass_fields__ if name in saved})
+    as_trained = {name: getattr(config, name) for name in ("max_pool", "noop_max", "fire_reset")}
+    frameskip = flags.frameskip or config.frameskip
+    game = find_game(flags.game or config.game, frameskip, **as_trained)
     device = startup.choose_device(flags.device)
     with tf.device(device), contextlib.ExitStack() as stack:
         network, iteration = checkpoint.load_network(model, game.num_actions, flags.newest)
         graph = tf.function(functools.partial(decide, network), autograph=False)
         policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
-        window = 0.0 if flags.newest else config.get("average_window", 0.0)
-        if flags.newest and config.get("average_window") and "averages/0" not in checkpoint.read(model)[0]:
+        holds = {name.partition("/")[0] for name, _ in tf.train.list_variables(model)}
+        small = "mean_squares" not in holds  # it has the average in place of the weights
+        if flags.newest and config.average_window and small:
             raise UserError(f"--newest: {model} holds only the average of its run's networks")
+        window = config.average_window if not flags.newest and (small or "averages" in holds) else 0.0
         weights = f", the average with a window of {window:g}" * (window > 0)
         low, high = game.frameskip_range or (game.frameskip, game.frameskip)
         skip = f"frame-skip {low}" + f" to {high} at random" * (high > low)
@@ -213,7 +216,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         games, film = [], None
         summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         if flags.film:
-            explained = {**dataclasses.asdict(a3c.Config()), **config} if flags.explain else None
+            explained = dataclasses.asdict(config) if flags.explain else None
             film = stack.enter_context(open_film(film_path, envs[0], game, explained))
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
         for score, lives_lost_at, seed in play_games(

@@ -28,7 +28,7 @@ from groups import Groups, run_folder
 from network import SharedNetwork, choose_dtype
 from progress import Progress
 from report import Report
-from settings import Count, CountOrZero, Epsilon, Fraction, Positive, PositiveFraction, PositiveOrZero, Steps
+from settings import Count, CountOrZero, Epsilon, Fraction, Positive, PositiveFraction, PositiveOrZero, Size, Steps
 from startup import UserError, tf
 
 
@@ -45,8 +45,8 @@ class Config:
     device: str = "auto"  # where the network lives: auto (a GPU if there is one), cpu, gpu, gpu:N
     random_seed: CountOrZero = 113  # weights, games and actions; with one thread a run repeats bit for bit
 
-    num_threads: Count = 4  # groups of games, each with a thread and a copy of the network
-    agents_per_thread: Count = 64  # games in a group
+    num_threads: Size = 4  # groups of games, each with a thread and a copy of the network
+    agents_per_thread: Size = 64  # games in a group
     ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
     unroll_step: Count = 5  # agent steps of each game per update
     max_agent_steps: Steps = 320_000_000  # agent steps in all: the original's 1,000,000 updates
@@ -204,6 +204,8 @@ def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) ->
         progress = Progress(config.num_threads, config.agents_per_thread)
         saver = checkpoint.Saver(config.log_dir, shared, progress, check=check)
         print(f"{game.describe()}. Training on {device.strip('/')} in {shared.copies_dtype}, into {config.log_dir}")
+        if checkpoint.all_checkpoints(config.log_dir):
+            settings.check_game(config)
         resumed = saver.resume(warn=print)
         if resumed:
             ignored = ". initial_model is for new runs only" * bool(config.initial_model)
@@ -211,14 +213,16 @@ def _train(config: Config, signals: list[int], given: Set[str] = frozenset()) ->
         elif config.initial_model:
             initial = checkpoint.resolve(config.initial_model)
             print(f"weights of {initial} after {checkpoint.load_weights(initial, shared):,} updates; all else is new")
-        settings.note_config(config, progress, resumed is not None, given)
+        keep_config = settings.note_config(config, progress, resumed is not None, given)
+        if not resumed:
+            keep_config()  # else once all games have begun: a flag with which a run cannot go on does not stay
         if config.is_finished(progress):
             limits = f"max_iteration = {config.max_iteration}, max_agent_steps = {config.max_agent_steps}"
             done = f"iteration {progress.iteration:,}, {progress.agent_steps:,} agent steps"
             print(f"nothing to do: {done}. To go on, lift the limits: {limits}")
             return 0
         report = Report(config, progress, check)
-        return Groups(config, shared, progress, saver, report, signals).run(game, device)
+        return Groups(config, shared, progress, saver, report, signals, on_begun=keep_config).run(game, device)
 
 
 def game_and_device(config: Config) -> tuple[Game, str]:

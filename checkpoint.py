@@ -7,6 +7,7 @@ read back before an older one is removed, so at every moment there is a complete
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import numpy as np
 import original
 from network import ActorCritic, SharedNetwork
 from progress import Progress
-from settings import check_path
+from settings import CONFIG, check_path
 from startup import UserError, as_user_error, reason, tf
 
 KEEP = 3  # numbered checkpoints that stay in a folder
@@ -96,6 +97,7 @@ class Saver:
                 return path
         if paths:
             raise UserError(f"no checkpoint in {self.folder} is complete. Move them away to start afresh")
+        _set_aside_remains(self.folder, warn)
         return None
 
 
@@ -111,6 +113,17 @@ def _set_aside(path: str) -> None:
     for suffix in (INDEX, DATA):
         with contextlib.suppress(FileNotFoundError):
             os.replace(path + suffix, os.path.join(os.path.dirname(path), DAMAGED + os.path.basename(path) + suffix))
+
+
+def _set_aside_remains(folder: str, warn: Callable[[str], None]) -> None:
+    """Rename the table and the settings of a run whose checkpoints are gone, before a new run writes its own."""
+    paths = [os.path.join(folder, name) for name in ("progress.csv", CONFIG)]
+    with contextlib.suppress(OSError), open(paths[0], "rb") as table:
+        if len(table.readlines()) > 1:
+            number = next(n for n in itertools.count(1) if not any(os.path.exists(f"{path}.{n}") for path in paths))
+            for path in filter(os.path.exists, paths):
+                os.replace(path, f"{path}.{number}")
+                warn(f"{path} is of a run whose checkpoints are gone: renamed to {path}.{number}")
 
 
 def _remove(path: str) -> None:

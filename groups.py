@@ -51,8 +51,9 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
             raise UserError(f"log_dir = {folder!r}: another run is using it") from None
         except OSError:  # not every file system has locks
             print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
-        lock.truncate(0)
-        print(owner, end="", file=lock, flush=True)
+        with as_user_error(f"log_dir = {folder!r}"):
+            lock.truncate(0)
+            print(owner, end="", file=lock, flush=True)
         yield check
 
 
@@ -84,6 +85,7 @@ class Groups:
     saver: Saver
     report: Report
     signals: list[int]  # numbers of those that have asked the run to end; the handler appends
+    on_begun: Callable[[], None] = lambda: None  # called once all groups play
 
     def __post_init__(self):
         self.coordinator = tf.train.Coordinator()
@@ -128,6 +130,7 @@ class Groups:
                     return
                 self._watch()
             tqdm.write(f"building games: {begun} of {config.num_threads} groups are ready")
+        self.on_begun()
 
     def _on_update(self, losses: Losses) -> None:
         """Called by each thread after its update, with the lock held, so that rows and saves come at exact counts."""

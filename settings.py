@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import typing
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -28,6 +28,7 @@ class Bounds(NamedTuple):
 
 
 Count = Annotated[int, Bounds(1)]
+Size = Annotated[int, Bounds(1, 4096)]  # of what is built one by one: a game takes 65 ms, and no signal ends that
 Steps = Annotated[int, Bounds(1, 10**15)]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(math.ulp(0.0))]
@@ -85,7 +86,9 @@ def read_config(path: str) -> dict:
     """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
     try:
         config = json.loads(Path(path).read_text())
-        config["game"]  # the one key that everything needs
+        lists = config.get("given", []), config.get("history", [])
+        if not (isinstance(config["game"], str) and all(isinstance(x, list) for x in lists)):  # what everything needs
+            raise ValueError("it is not as this program wrote it")
         if "annealing" in config:  # of an older version, whose lengths counted updates
             batch = config["agents_per_thread"] * config["unroll_step"]
             lengths = {"annealing_steps": "annealing", "save_steps": "save_period", "max_agent_steps": "max_iteration"}
@@ -100,8 +103,9 @@ def read_config(path: str) -> dict:
             if "anneal_entropy" in config.get("given", []):
                 config["given"] = [*config["given"], "entropy_annealing_steps"]
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {why}. Move it away to go on without what it says") from error
 
 
 def write_json(path: str, content: dict) -> None:
@@ -112,8 +116,15 @@ def write_json(path: str, content: dict) -> None:
         unfinished.replace(path)
 
 
-def note_config(config, progress: "Progress", resuming: bool, given: Set[str]) -> None:
-    """Save the config beside the checkpoints; where a run is resumed, refuse another game and note what changed."""
+def check_game(config) -> None:
+    """Raise UserError where the config.json of a run that is to be resumed names another game."""
+    path = os.path.join(config.log_dir, CONFIG)
+    if os.path.exists(path) and (game := read_config(path)["game"]) != config.game:
+        raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {game}. Use --log_dir")
+
+
+def note_config(config, progress: "Progress", resuming: bool, given: Set[str]) -> Callable[[], None]:
+    """Print what is not as by default, and what has changed since a run was left; return what saves it all."""
     path = os.path.join(config.log_dir, CONFIG)
     new, history = {**dataclasses.asdict(config), "versions": versions()}, []
     differ = [f.name for f in dataclasses.fields(config) if new[f.name] != f.default and f.name != "log_dir"]
@@ -121,15 +132,15 @@ def note_config(config, progress: "Progress", resuming: bool, given: Set[str]) -
     print(f"settings that differ from the defaults: {shown or 'none'}")
     if resuming and os.path.exists(path):
         old = read_config(path)
-        if old["game"] != config.game:
-            raise UserError(f"game = {config.game!r}: {config.log_dir} holds a run of {old['game']}. Use --log_dir")
         history = old.get("history", [])
         if was := {k: old[k] for k in new if old.get(k, new[k]) != new[k] and k != "log_dir"}:
             history.append({"iteration": progress.iteration, "agent_steps": progress.agent_steps, "was": was})
         for name in was:
             print(f"changed since the last run: {name} from {was[name]} to {new[name]}")
-    if not config.is_finished(progress):  # else nothing will be done with it
-        write_json(path, {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history})
+    elif resuming:
+        print(f"there is no {path}: what the run was given is not known, so all but the flags is as by default")
+    content = {**new, "given": sorted(({*differ} | given) & new.keys()), "history": history}
+    return lambda: write_json(path, content)
 
 
 def check_path(name: str, path: str) -> None:

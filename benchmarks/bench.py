@@ -31,7 +31,7 @@ from groups import games_of
 from progress import Progress
 from report import Report
 from settings import LARGEST, versions
-from startup import tf
+from startup import UserError, tf
 
 WARM_UP_UPDATES = 8  # of each group, not counted
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--sweep_games", type=int, nargs="+", default=[16, 64], metavar="N", help="per thread (16 64)")
     parser.add_argument("--network_alone", action="store_true", help="sweep training without games")
     arguments, flags = parser.parse_known_args()
-    if arguments.seconds <= 0 or arguments.rounds <= 0:
+    if not (0 < arguments.seconds < float("inf") and arguments.rounds > 0):
         parser.error("--seconds and --rounds must be above 0")
     if min(*arguments.sweep_threads, *arguments.sweep_games) < 1:
         parser.error("--sweep_threads and --sweep_games must be above 0")
@@ -217,6 +217,8 @@ def main() -> None:
         parser.error("--network_alone is for --sweep; without it, the network alone is always timed too")
     config = a3c.parse_config(flags)
     game, device = a3c.game_and_device(config)
+    if arguments.json:
+        open(arguments.json, "a").close()  # refuses a wrong path before the minutes that the rounds take
     if arguments.sweep:
         results = {"sweep": sweep(arguments, flags), "network_alone": arguments.network_alone, "flags": flags}
     else:
@@ -236,3 +238,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except (OSError, RuntimeError, UserError) as error:
+        sys.exit(f"bench.py: error: {error}")

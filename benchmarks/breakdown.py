@@ -13,6 +13,7 @@ import collections
 import contextlib
 import glob
 import re
+import sys
 import tempfile
 import time
 from unittest import mock
@@ -24,7 +25,7 @@ from benchmarks.common import processor
 from environment import make_training_envs
 from network import ActorCritic, SharedNetwork
 from progress import Progress
-from startup import tf
+from startup import UserError, tf
 
 # Part -> what is traced into it.
 PARTS = {
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=10, help="to measure for (%(default)s)")
     arguments, flags = parser.parse_known_args()
-    if arguments.seconds <= 0:
+    if not 0 < arguments.seconds < float("inf"):
         parser.error("--seconds must be above 0")
     config = endless(a3c.parse_config([*flags, "--num_threads=1"]))
     game, device = a3c.game_and_device(config)
@@ -132,4 +133,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"breakdown.py: error: {error}")

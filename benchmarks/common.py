@@ -70,7 +70,9 @@ def first_update(flags: list[str], folder: pathlib.Path = REPOSITORY) -> float:
     with tempfile.TemporaryDirectory() as log_dir:
         command = [sys.executable, "a3c.py", *flags, "--max_iteration=1", "--summary_period=1", f"--log_dir={log_dir}"]
         start = time.time()
-        subprocess.run(command, cwd=folder, check=True, timeout=LIMIT, capture_output=True)
+        done = subprocess.run(command, cwd=folder, timeout=LIMIT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"a3c.py in {folder} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
         return os.path.getmtime(f"{log_dir}/progress.csv") - start
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--network_alone", action="store_true", help="time training without games")
     parser.add_argument("--startup", action="store_true", help="time the start")
     arguments, flags = parser.parse_known_args()
-    if arguments.seconds <= 0 or arguments.rounds <= 0:
+    if not (0 < arguments.seconds < float("inf") and arguments.rounds > 0):
         parser.error("--seconds and --rounds must be above 0")
     base_flags = flags if arguments.base_flags is None else shlex.split(arguments.base_flags)
     agents = "network_agents" if arguments.network_alone else "training_agents"

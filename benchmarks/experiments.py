@@ -109,23 +109,26 @@ def follow(program: list[str], cores: list[int], output: str, stop: threading.Ev
 def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event], dict | None], add: Callable) -> None:
     """Run the trials, as many at a time as there are cores, until all have run or a signal comes; `add` gets each row.
 
-    Where there are fewer trials than cores, each gets several.
+    Where there are fewer trials than cores, each gets several. Raises what went wrong with one, after all have ended.
     """
-    waiting, stop, lock = queue.SimpleQueue(), threading.Event(), threading.Lock()
+    waiting, stop, lock, failures = queue.SimpleQueue(), threading.Event(), threading.Lock(), []
     for trial in trials:
         waiting.put(trial)
 
     def work(cores: list[int]) -> None:
-        while not stop.is_set():
-            try:
+        try:
+            while not (stop.is_set() or waiting.empty()):
                 trial = waiting.get_nowait()
-            except queue.Empty:
-                return
-            print(f"cores {', '.join(map(str, cores))}: {trial}", flush=True)
-            if row := run_trial(trial, cores, stop):
-                with lock:
-                    add(row)
-                print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+                print(f"cores {', '.join(map(str, cores))}: {trial}", flush=True)
+                if row := run_trial(trial, cores, stop):
+                    with lock:
+                        add(row)
+                    print(", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+        except queue.Empty:  # another took the last one
+            pass
+        except Exception as error:
+            failures.append(error)
+            stop.set()
 
     all_cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     number = min(len(trials), len(all_cores))
@@ -135,6 +138,8 @@ def on_all_cores(trials: list, run_trial: Callable[[Any, list, threading.Event],
             worker.start()
         for worker in workers:
             worker.join()
+    for failure in failures[:1]:
+        raise failure
 
 
 def main() -> None:
@@ -151,13 +156,11 @@ def main() -> None:
         configurations = read_list(arguments.list)
         names = arguments.only or list(configurations)
         trials = [Trial(name, configurations[name], seed) for seed in arguments.seeds for name in names]
+        rows = read_table(arguments.out, COLUMNS)
+        os.makedirs(arguments.log_dir, exist_ok=True)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"experiments.py: error: {error}")
-    have = {
-        (r["name"], int(r["seed"]))
-        for r in read_rows(arguments.out, whole=True)
-        if int(r["agent_steps"] or 0) >= arguments.steps
-    }
+    have = {(r["name"], int(r["seed"])) for r in rows if int(r["agent_steps"] or 0) >= arguments.steps}
 
     def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
         log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
@@ -165,6 +168,16 @@ def main() -> None:
 
     trials = [trial for trial in trials if (trial.name, trial.seed) not in have]
     on_all_cores(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
+
+
+def read_table(path: str, columns: list[str]) -> list[dict]:
+    """Return the rows of a table. Raises OSError if it cannot be written, ValueError if it is not of this program."""
+    rows = read_rows(path, whole=True)
+    if rows and list(rows[0]) != columns:
+        raise ValueError(f"{path} has not the columns {', '.join(columns)}")
+    with open(f"{path}.new", "w"):
+        os.remove(f"{path}.new")
+    return rows
 
 
 def write(path: str, row: dict, columns: list[str]) -> None:

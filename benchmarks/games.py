@@ -9,11 +9,11 @@ in the table is not run again, what was stopped is resumed.
 import argparse
 import json
 import os
+import sys
 import threading
 
 import a3c
-from benchmarks.common import read_rows
-from benchmarks.experiments import Trial, follow, on_all_cores, run, write
+from benchmarks.experiments import Trial, follow, on_all_cores, read_table, run, write
 
 GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders")
 FRAMES = "--frameskip=4"
@@ -55,9 +55,14 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or f"results/games-{arguments.preset}.csv"  # each preset has its own
     folder = arguments.log_dir or f"log/games-{arguments.preset}"
+    try:
+        rows = read_table(out, COLUMNS)
+        os.makedirs(folder, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"games.py: error: {error}")
     have = {
         (row["name"], int(row["seed"]))
-        for row in read_rows(out, whole=True)
+        for row in rows
         if row["ended"] == "done" and int(row["agent_steps"]) >= arguments.steps and int(row["games"]) >= arguments.play
     }
     trials = [

@@ -67,13 +67,18 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if not os.path.isdir(args.folder):
         parser.error(f"{args.folder} is not a folder of a run")
+    if min(args.games, args.every) < 1:
+        parser.error("--games and --every must be above 0")
     how = "" if args.once else "; Ctrl-C ends this"
     print(f"{args.games} games with each new save in {args.folder}, by the greedy policy unless told{how}", flush=True)
     os.nice(19)
     table = os.path.join(args.folder, "evaluation.csv")
     with tf.device(startup.choose_device("cpu")):  # takes nothing of a GPU
         curves = tf.summary.create_file_writer(os.path.join(args.folder, "evaluation"))
-    next_at = max((int(row["agent_steps"]) + args.every for row in read_rows(table)), default=0)
+    try:
+        next_at = max((int(row["agent_steps"]) + args.every for row in read_rows(table)), default=0)
+    except (OSError, KeyError, ValueError) as error:
+        sys.exit(f"watch_training: {table} is not as this program wrote it ({error}). Move it away")
     while True:
         try:
             row = evaluate(args.folder, args.games, flags, next_at)

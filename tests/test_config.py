@@ -67,7 +67,7 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize(
     "name, value, wanted",
     [
-        ("num_threads", True, "a whole number from 1 to 2,146,435,072"),
+        ("num_threads", True, "a whole number from 1 to 4,096"),
         ("noop_max", 0.5, "a whole number from 0 to 2,146,435,072"),
         ("frameskip", "none", "a whole number from 1 to 2,146,435,072, or None"),
         ("learning_rate", math.nan, "a number above 0 to 2,146,435,072"),
@@ -225,7 +225,7 @@ def test_flags_go_before_the_settings_of_a_run_and_those_before_a_preset(preset)
 def test_run_remembers_also_what_it_was_given_that_equals_a_default(tmp_path, monkeypatch, main, no_training):
     """Else `--preset fast` would change it when the run is resumed."""
     flags = [f"--log_dir={tmp_path}", "--preset", "fast", "--filters=32", "--global-clip", "None"]
-    monkeypatch.setattr(groups.Groups, "run", lambda self, *_: self.saver.save() and 0)
+    monkeypatch.setattr(groups.Groups, "run", lambda self, *_: (self.saver.save(), self.on_begun(), 0)[-1])
     assert main(*flags)[0] == 0
     status, output, errors = main(f"--log_dir={tmp_path}", "--preset=fast", "--decay=0.9")
     assert (status, errors) == (0, "")

@@ -144,6 +144,30 @@ def test_list_that_cannot_be_read_is_refused(tmp_path, text, said):
         read_list(tmp_path / "list.txt")
 
 
+@pytest.mark.parametrize("program", [experiments, games])
+@pytest.mark.parametrize("out", ["none/table.csv", "folder", "binary", "foreign"])
+def test_table_that_cannot_be_added_to_is_refused_before_anything_is_trained(tmp_path, monkeypatch, program, out):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "foreign").write_text("a,b\n1,2\n")
+    (tmp_path / "list.txt").write_text("a: --filters 1\n")
+    words = [str(tmp_path / "list.txt")] if program is experiments else []
+    monkeypatch.setattr(sys, "argv", ["x.py", *words, f"--out={tmp_path / out}", f"--log_dir={tmp_path}/log"])
+    monkeypatch.setattr(program, "on_all_cores", lambda *_: pytest.fail("it trained"))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"^(experiments|games)\.py: error: "):
+        program.main()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_goes_wrong_with_a_trial_is_raised_in_the_end(monkeypatch):
+    def run_trial(*_):
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        experiments.on_all_cores([1, 2, 3], run_trial, None)
+
+
 @pytest.mark.parametrize(
     "flags, again", [([], False), (["--steps=11"], True), (["--play=8"], True), (["--preset=original"], True)]
 )

@@ -13,11 +13,12 @@ import types
 import av
 import numpy as np
 import pytest
-from conftest import OLD, ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, use_games, watching
+from conftest import OLD, ROOT, SHIPPED, Resumable, ScriptedEnv, config_of, ended, refusal, use_games, watching
 
 import a3c
 import checkpoint
 import environment
+import groups
 from startup import UserError
 
 
@@ -95,6 +96,47 @@ def test_run_whose_entropy_fell_along_with_the_learning_rate_keeps_its_schedule(
     for given in {}, {"given": ["anneal_entropy"]}:
         (tmp_path / "config.json").write_text(json.dumps(old | given))
         assert a3c.given_to_run(str(tmp_path)).get("entropy_annealing_steps") == expected
+
+
+@pytest.mark.row(n=28)
+def test_flag_with_which_a_run_cannot_go_on_does_not_stay_with_it(trained_copy, main, monkeypatch):
+    before = config_of(trained_copy)
+
+    def too_many(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(groups, "make_training_envs", too_many)
+    assert main(f"--log_dir={trained_copy}", "--agents_per_thread=4000", "--max_iteration=9")[0] == 1
+    assert config_of(trained_copy) == before
+
+
+@pytest.mark.row(n=33)
+def test_new_run_does_not_write_over_the_table_and_the_settings_of_one_whose_checkpoints_are_gone(trained_copy, play):
+    before = {name: (trained_copy / name).read_text() for name in ("progress.csv", "config.json")}
+    for path in trained_copy.glob("*.ckpt*"):
+        path.unlink()
+    (trained_copy / "config.json.1").touch()
+    status, output, _ = play("--max_iteration=2")
+    assert status == 0
+    for name, text in before.items():
+        assert (trained_copy / f"{name}.2").read_text() == text
+        assert f"{trained_copy}/{name} is of a run whose checkpoints are gone: renamed to" in output
+    assert config_of(trained_copy)["history"] == []
+    assert "renamed" not in play("--max_iteration=3")[1]
+
+
+@pytest.mark.row(n=33)
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 10_000, '{"game": 5}', '{"game": "a", "given": 5}', '{"game": "a", "history": {}}']
+)
+def test_settings_that_something_else_has_changed_are_named(trained_copy, main, no_training, content):
+    (trained_copy / "config.json").write_text(content)
+    line = refusal(main(f"--log_dir={trained_copy}"))
+    assert line.startswith(f"cannot read {trained_copy}/config.json: ")
+    assert line.endswith(". Move it away to go on without what it says")
+    (trained_copy / "config.json").unlink()
+    _, output, _ = main(f"--log_dir={trained_copy}", "--max_iteration=1", "--agents_per_thread=4")
+    assert f"there is no {trained_copy}/config.json: what the run was given is not known" in output
 
 
 def shown(figure):
@@ -285,6 +327,14 @@ def test_watching_does_with_frames_and_starts_as_the_run_did(watch, tmp_path, mo
     assert asked.items() <= json.loads((tmp_path / "out/results.json").read_text()).items()
     assert watch("--out=out") == 0
     assert not isinstance(games[1], environment.FrameByFrame)
+
+
+@pytest.mark.row(n=33)
+def test_settings_by_which_nothing_can_be_watched_are_named(watch, tmp_path, capsys):
+    shutil.copytree(SHIPPED, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(json.dumps({**config_of(SHIPPED), "noop_max": -5}))
+    assert watch(f"--model={tmp_path}/run", "--out=out") == 1
+    assert "noop_max = -5: must be a whole number from 0" in capsys.readouterr().err
 
 
 @pytest.mark.row(n=37)

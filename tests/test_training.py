@@ -186,7 +186,7 @@ def test_run_that_has_come_to_its_end_says_so(run_copy, tmp_path, no_training, l
 @pytest.mark.parametrize(
     "flag, said",
     [
-        ("--game=Tennis-v0", "is of a game with 4 actions; this one has 18"),
+        ("--game=Tennis-v0", "holds a run of Breakout-v0. Use --log_dir"),
         ("--game=Breakout-v4", "holds a run of"),
         ("--preset=fast", "is of another network"),
     ],

@@ -154,6 +154,14 @@ def test_average_is_played_and_named_unless_the_newest_weights_are_asked_for(
     np.testing.assert_allclose(value, heads(shared, history)[1], rtol=1e-4)
 
 
+def test_average_that_is_not_in_a_file_is_not_claimed(main, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"game": "Breakout-v0", "average_window": 0.1}))
+    monkeypatch.setattr(watching, "play_games", lambda *_: [])
+    assert main(f"--model={Resumable(tmp_path, filters=2).save(10)}", "--iter=1", "--film=0") == 0
+    assert " updates, greedy" in capsys.readouterr().out
+    assert "average_window" not in results(tmp_path)
+
+
 def test_newest_weights_that_are_not_in_a_file_are_not_played(main, capsys):
     ended = main(f"--model={SHIPPED}", "--newest"), *capsys.readouterr()
     assert refusal(ended, "a3c-test.py").endswith("holds only the average of its run's networks")
