@@ -92,6 +92,13 @@ def test_limit_on_file_size_ends_the_run_with_one_line_and_earlier_saves_untouch
     assert files(trained_copy) == before
 
 
+@pytest.mark.row(n=6)
+def test_disk_that_is_full_when_a_run_begins_is_one_line(tmp_path, main, no_training):
+    with limited_files(0):
+        line = refusal(main(f"--log_dir={tmp_path}/run"))
+    assert line.startswith(f"log_dir = '{tmp_path}/run': ")
+
+
 @pytest.mark.row(n=7)
 @pytest.mark.parametrize(
     "folder, in_the_way",
