@@ -118,7 +118,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     assert main("--iter=3", "--seed=40", "--epsilon=0.05", "--frameskip=6", "--film=2") == 0
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
-    about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 200_912}
+    about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 228_214}
     about |= {"max_pool": False, "noop_max": 0, "fire_reset": False, "average_window": 0.1}
     flags = {"policy": "greedy", "epsilon": 0.05, "frameskip": 6, "games_wanted": 3}
     figures = {"games": 3, "mean": 5, "standard_deviation": 3.56, "median": 3, "maximum": 10, "minimum": 2}
