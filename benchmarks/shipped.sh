@@ -1,7 +1,6 @@
 #!/bin/sh
-# Train the agent of models/breakout-v0 again: benchmarks/shipped.sh [FOLDER], five to six hours of two fast cores. Called
-# again it goes on
-# where it was stopped. docs/results.md tells what each step brought; to the agent shipped they were taken by hand.
+# Train the agent of models/breakout-v0 again: benchmarks/shipped.sh [FOLDER], five to six hours of two fast cores. A second
+# call goes on where the first was stopped. docs/results.md tells what each step brought; the agent's own were taken by hand.
 set -eu
 run=${1:-log/shipped} million=${2:-1000000} # fewer make a trial of all steps
 cd "$(dirname "$0")/.."
