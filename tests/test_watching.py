@@ -119,7 +119,7 @@ def test_results_tell_what_was_played_and_the_score_of_every_game(main, tmp_path
     found = results(tmp_path)
     assert found.pop("versions")["tensorflow"] == tf.__version__
     about = {"game": "Breakout-v0", "model": "last.ckpt", "iteration": 228_214}
-    about |= {"max_pool": False, "noop_max": 0, "fire_reset": False, "average_window": 0.1}
+    about |= {"max_pool": False, "noop_max": 0, "fire_reset": False, "average_window": 0.03}
     flags = {"policy": "greedy", "epsilon": 0.05, "frameskip": 6, "games_wanted": 3}
     figures = {"games": 3, "mean": 5, "standard_deviation": 3.56, "median": 3, "maximum": 10, "minimum": 2}
     lists = {"scores": [3, 10, 2], "lives_lost_at": [[1, 3], [], [2]], "seeds": [40, 41, 42]}
