@@ -30,7 +30,7 @@ import settings
 from environment import Game, empty_history, find_game, history_to_frames, make_watching_env, preprocess, push_frame
 from film import Moment, open_film
 from network import ActorCritic
-from original import OriginalFrames, is_original
+from original import OriginalFrames
 from startup import UserError, as_user_error, tf
 
 ROWS = 16  # games in a call of the network. Always as many, if need be empty ones: the last digits depend on it
@@ -184,7 +184,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         network, iteration = checkpoint.load_network(model, game.num_actions, flags.newest)
         graph = tf.function(functools.partial(decide, network), autograph=False)
         policy = "softmax" if flags.policy == "softmax" else f"greedy, {100 * flags.epsilon:.4g} % random"
-        holds = {name.partition("/")[0] for name, _ in tf.train.list_variables(model)}
+        holds = checkpoint.kinds_in(model)
         small = "mean_squares" not in holds  # it has the average in place of the weights
         if flags.newest and config.average_window and small:
             raise UserError(f"--newest: {model} holds only the average of its run's networks")
@@ -199,7 +199,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         about |= {"average_window": window} if window else {}
         about |= {**as_trained, "versions": settings.versions(), "games_wanted": flags.iter}
 
-        of_original = is_original(model)
+        of_original = "master" in holds
         open_game = open_window if flags.render else make_watching_env
         side_by_side = 1 if flags.render else min(ROWS, flags.iter, max(1, flags.iter - flags.film + 1))
         obs_type = "rgb" if of_original else "grayscale"

@@ -149,6 +149,12 @@ def read(path: str, or_original: bool = False) -> tuple[dict[str, np.ndarray], i
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from error
 
 
+def kinds_in(path: str) -> set[str]:
+    """Return what a checkpoint holds, such as weights and averages; one of the original, `master`."""
+    with as_user_error(f"cannot read {path}"):  # a run that goes on may have replaced it
+        return {name.partition("/")[0] for name, _ in tf.train.list_variables(path)}
+
+
 def layers_of(tensors: dict[str, np.ndarray]) -> dict:
     """Return the arguments of `ActorCritic` that a checkpoint's weights tell of its network."""
     convolution = tensors.get("weights/conv1", np.zeros(1))  # a network without conv1 does not fit

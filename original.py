@@ -5,7 +5,6 @@ import numpy as np
 from PIL import Image
 
 from environment import FRAME_SIZE
-from startup import as_user_error, tf
 
 LAYERS = {  # there -> here
     "master/conv1": "conv1",
@@ -28,12 +27,6 @@ def translate(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, (layer, _, kind) in names.items()
         if layer in LAYERS and kind in KINDS
     }
-
-
-def is_original(path: str) -> bool:
-    """Return whether the original made a checkpoint that can be read."""
-    with as_user_error(f"cannot read {path}"):  # a run that goes on may have replaced it
-        return bool(translate(dict(tf.train.list_variables(path))))
 
 
 class OriginalFrames(gymnasium.ObservationWrapper):

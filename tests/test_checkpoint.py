@@ -161,6 +161,12 @@ def test_shipped_agent_is_played_and_resumed(tmp_path, agent, num_actions, optio
     assert equal(other.shared.averages or other.shared.trainable_variables, played.trainable_variables)
 
 
+def test_what_a_checkpoint_holds_is_listed_and_one_that_its_run_has_replaced_is_refused(saved, tmp_path):
+    assert checkpoint.kinds_in(str(tmp_path / "last.ckpt")) >= {"weights", "biases", "mean_squares", "progress"}
+    with pytest.raises(UserError, match=r"^cannot read .*model\.ckpt-5: "):
+        checkpoint.kinds_in(str(tmp_path / "model.ckpt-5"))
+
+
 @pytest.mark.row(n=27)
 def test_newest_checkpoint_of_a_folder_is_played_and_resumed_not_an_older_last(saved, tmp_path):
     for suffix in (INDEX, DATA):
