@@ -158,24 +158,25 @@ PRESETS["strong"] = PRESETS["fast"] | {  # a better score in more time, on the g
 }
 
 
-def parse_config(flags: Sequence[str], **defaults) -> Config:
-    """Return the Config that flags ask for: one for each field, and `--preset`.
+def parse_config(flags: Sequence[str], given: dict | None = None) -> Config:
+    """Return the Config that flags ask for: one for each field, and `--preset`, which is for new runs.
 
-    What no flag says is as in `defaults`, else as in the preset, else as in Config. A wrong flag ends the program with
-    status 2 and a message on stderr that names it; `--help` ends it with the list of all.
+    What no flag says is as it was `given` to the run that goes on, or in a new run (None) as in the preset; else as in
+    Config. A wrong flag ends the program with status 2 and a message on stderr that names it; `--help` ends it with the
+    list of all.
     """
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=PRESETS, default="original")
     chosen, others = preset.parse_known_args(flags)
     about = f"Train an agent by A3C. --preset {{{','.join(PRESETS)}}} sets the defaults of a new run."
-    return settings.parse_flags(Config(**{**PRESETS[chosen.preset], **defaults}), others, about)
+    return settings.parse_flags(Config(**(PRESETS[chosen.preset] if given is None else given)), others, about)
 
 
-def given_to_run(folder: str) -> dict:
-    """Return the settings that the run in a folder was given by flags or a preset; nothing where there is no run."""
+def given_to_run(folder: str) -> dict | None:
+    """Return the settings that the run in a folder was given by flags or a preset; None where there is no run."""
     path = os.path.join(folder, settings.CONFIG)
     if not (checkpoint.all_checkpoints(folder) and os.path.exists(path)):
-        return {}
+        return None
     saved = settings.read_config(path)
     given = saved.get("given", [name for name in saved if saved[name] != getattr(Config, name, None)])
     return {k: saved[k] for k in given if k in Config.__dataclass_fields__ and k in saved and k != "log_dir"}
@@ -257,9 +258,10 @@ def main() -> int:
     with startup.uninterrupted(signals.append):
         try:
             given = given_to_run(parse_config(flags).folder)  # the folder must be known before the run's settings are
-            if given and "preset" in settings.names_in(flags):
-                print("--preset is for new runs: what this one was given by a preset or by flags stays")
-            return _train(parse_config(flags, **given), signals, {*given, *settings.names_in(flags)} - {"log_dir"})
+            if given is not None and "preset" in settings.names_in(flags):
+                print("--preset is for new runs, and does nothing here. For a new run use another --log_dir")
+            given_now = {*(given or ()), *settings.names_in(flags)} - {"log_dir"}
+            return _train(parse_config(flags, given), signals, given_now)
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)
         except Exception as error:

@@ -70,7 +70,7 @@ def measure(flags: list[str], seconds: float) -> None:
     from environment_hosts import HostedGames
     from startup import tf
 
-    config, step, added = a3c.parse_config(flags, ray_address="local"), HostedGames.step, 0.0
+    config, step, added = a3c.parse_config(["--ray_address=local", *flags]), HostedGames.step, 0.0
     HostedGames.step = lambda games, actions: time.sleep(added) or step(games, actions)
     game, device = a3c.game_and_device(config)
     with (

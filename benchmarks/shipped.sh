@@ -27,7 +27,7 @@ import a3c, checkpoint
 from progress import Progress
 
 begun, run = sys.argv[1:]
-config = a3c.parse_config([], **a3c.given_to_run(begun))
+config = a3c.parse_config([], a3c.given_to_run(begun))
 game, device = a3c.game_and_device(config)
 progress = Progress(config.num_threads, config.agents_per_thread)
 old, new = (a3c.make_network(dataclasses.replace(config, last_action=on), game, device) for on in (False, True))

@@ -214,12 +214,13 @@ def test_wrong_flag_exits_with_2_naming_it(flags, said, capsys):
 
 
 @pytest.mark.parametrize("preset", a3c.PRESETS)
-def test_flags_go_before_the_settings_of_a_run_and_those_before_a_preset(preset):
+def test_flags_go_before_a_preset_which_is_for_new_runs(preset):
     changed = a3c.PRESETS[preset]
     assert all(DEFAULTS[name] != value for name, value in changed.items())
     assert a3c.parse_config(["--preset", preset]) == Config(**changed)
-    config = a3c.parse_config([f"--preset={preset}", "--filters=3"], filters=4, agents_per_thread=5)
-    assert config == Config(**{**changed, "filters": 3, "agents_per_thread": 5})
+    assert a3c.parse_config([f"--preset={preset}", "--filters=3"]) == Config(**{**changed, "filters": 3})
+    config = a3c.parse_config([f"--preset={preset}", "--filters=3"], {"filters": 4, "agents_per_thread": 5})
+    assert config == Config(filters=3, agents_per_thread=5)
 
 
 def test_run_remembers_also_what_it_was_given_that_equals_a_default(tmp_path, monkeypatch, main, no_training):
@@ -231,9 +232,18 @@ def test_run_remembers_also_what_it_was_given_that_equals_a_default(tmp_path, mo
     assert (status, errors) == (0, "")
     assert "changed since the last run: decay from 0.99 to 0.9\n" in output
     assert output.count("changed since") == 1
-    assert output.startswith("--preset is for new runs: ")
+    assert output.startswith("--preset is for new runs")
     given = a3c.given_to_run(str(tmp_path))
     assert (given["filters"], given["global_clip"], given["learning_rate"], given["decay"]) == (32, None, 3e-4, 0.9)
+
+
+def test_preset_changes_nothing_of_a_run_that_was_begun_without(tmp_path, monkeypatch, main, no_training):
+    monkeypatch.setattr(groups.Groups, "run", lambda self, *_: (self.saver.save(), self.on_begun(), 0)[-1])
+    assert main(f"--log_dir={tmp_path}")[0] == 0
+    status, output, errors = main(f"--log_dir={tmp_path}", "--preset=fast")
+    assert (status, errors) == (0, "")
+    assert output.startswith("--preset is for new runs, and does nothing here.")
+    assert "changed since" not in output
 
 
 def test_help_shows_each_flag_with_its_comment_and_its_default(capsys):

@@ -68,7 +68,7 @@ def test_run_of_an_older_version_keeps_its_settings_and_a_folder_without_a_check
     old = {**config_of(OLD), "annealing": 250_000, "save_period": 20_000}
     del old["annealing_steps"], old["save_steps"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert a3c.given_to_run(str(tmp_path)) == {}
+    assert a3c.given_to_run(str(tmp_path)) is None
     Resumable(tmp_path, filters=1).save(3)
     given = a3c.given_to_run(str(tmp_path))
     wanted = {"annealing_steps": 40_000_000, "save_steps": 3_200_000, "learning_rate": 1e-4, "filters": 16}
