@@ -224,7 +224,7 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         ):
             games.append((score, lives_lost_at, seed))
             summary = write_results(results_path, about, games)
-            bar.write(f"game {seed - flags.seed + 1}: {score:g}")
+            bar.write(f"game with seed {seed}: {score:g}")
             bar.set_postfix_str(f"mean {summary['mean']:.1f}", refresh=False)
             bar.update()
     figures = ", ".join(f"{name.replace('_', ' ')} {x:.1f}" for name, x in summary.items())

@@ -40,7 +40,7 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
 
 
 class ActorCritic(tf.Module):
-    """Two convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
+    """Convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
 
     Another layer needs a shape in `__init__` and a line in `__call__`. All variables are in `weights` and `biases`, by
     layer: only these are saved. A new argument of `__init__` is also passed on by `a3c.make_network` and

@@ -58,7 +58,7 @@ def check_settings(settings) -> None:
             value = float(value) if kind is float and type(value) is int and abs(value) <= LARGEST else value
             valid = type(value) is kind and low <= value <= high  # also false for NaN
             least = "above 0" if low == math.ulp(0.0) else f"from {low:,.10g}"
-            wanted = f"a {'whole ' * (kind is int)}number {least} to {high:,.10g}"
+            wanted = f"a whole number {least} to {high:,}" if kind is int else f"a number {least} to {high:.2g}"
         else:
             valid, wanted = type(value) is hint, "a text" if hint is str else "True or False"
         if not (valid or (optional and value is None)):
@@ -97,7 +97,7 @@ def read_config(path: str) -> dict:
                     config[name] = config[was] * batch
             if "given" in config:
                 config["given"] = [*config["given"], *lengths]
-        if "anneal_entropy" in config:  # of a newer one, in which the entropy fell along with the learning rate
+        if "anneal_entropy" in config:  # of a version between that and this one: the entropy fell along with the learning rate
             length = config.get("annealing_steps") or config["max_agent_steps"] // 2
             config["entropy_annealing_steps"] = length if config["anneal_entropy"] else None
             if "anneal_entropy" in config.get("given", []):

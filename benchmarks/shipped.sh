@@ -2,7 +2,7 @@
 # Train the agent of models/breakout-v0 again: benchmarks/shipped.sh [FOLDER], five to six hours of two fast cores. A second
 # call goes on where the first was stopped. docs/results.md tells what each step brought; the agent's own were taken by hand.
 set -eu
-run=${1:-log/shipped} million=${2:-1000000} # fewer make a trial of all steps
+run=${1:-log/shipped-again} million=${2:-1000000} # fewer make a trial of all steps
 cd "$(dirname "$0")/.."
 begun=$run-without-last-action
 
@@ -11,7 +11,10 @@ train() { # folder, the million at which to end, flags
     python a3c.py --log_dir "$folder" --max_agent_steps $end "$@"
 }
 
-if [ ! -e "$run/last.ckpt.index" ]; then
+if [ -e "$run/last.ckpt.index" ] && [ ! -e "$begun/last.ckpt.index" ]; then
+    echo "shipped.sh: error: $run holds a run that was not begun by this: name another folder" >&2
+    exit 1
+elif [ ! -e "$run/last.ckpt.index" ]; then
     # To 10 million steps: --preset strong with pixels of 0..1 and Adam.
     train "$begun" 100 --preset strong --random_seed 1 --input_scale unit --optimizer adam --learning_rate 5e-4 \
         --grad_clip None --global_clip 2
