@@ -10,6 +10,7 @@ import startup  # isort: skip  # first: it checks the packages and sets TensorFl
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import operator
@@ -168,6 +169,18 @@ def write_results(path: str, about: dict, games: list[tuple]) -> dict:
     return summary
 
 
+def keep_to_this_process(folder: str, stack: contextlib.ExitStack) -> None:
+    """Raise UserError if another process writes its games into a folder; let none do so until `stack` is closed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out: another a3c-test.py writes into {folder!r}. Name another folder") from None
+    except OSError:  # not every file system has locks
+        pass
+
+
 def watch(flags: Flags, signals: Sequence[int]) -> None:
     """Load, play, print, write. Stop before the end once a signal is in `signals`."""
     model, out = checkpoint.resolve(flags.model), os.path.expanduser(flags.out)
@@ -213,11 +226,12 @@ def watch(flags: Flags, signals: Sequence[int]) -> None:
         results_path, film_path = os.path.join(out, "results.json"), os.path.join(out, "play.mp4")
         with as_user_error(f"cannot write {results_path!r}"):
             os.makedirs(out, exist_ok=True)
+        keep_to_this_process(out, stack)
         games, film = [], None
-        summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         if flags.film:
             explained = dataclasses.asdict(config) if flags.explain else None
             film = stack.enter_context(open_film(film_path, envs[0], game, explained))
+        summary = write_results(results_path, about, games)  # so that nothing is played which cannot be written
         bar = stack.enter_context(tqdm(total=flags.iter, unit="game", dynamic_ncols=True))
         for score, lives_lost_at, seed in play_games(
             envs, graph, network.initial_state(len(envs)), flags, film, signals

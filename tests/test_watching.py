@@ -1,6 +1,7 @@
 """`a3c-test.py`: how it plays, what it writes, and what it refuses before it plays."""
 
 import collections
+import contextlib
 import functools
 import json
 import shutil
@@ -288,6 +289,27 @@ def test_what_cannot_be_played_is_one_line_before_any_game(main, tmp_path, monke
         (tmp_path / folder).mkdir(parents=True)
     ended = main("--iter=1", *flags.format(tmp_path).split()), *capsys.readouterr()
     assert said.format(tmp_path) in refusal(ended, "a3c-test.py")
+
+
+@pytest.mark.row(n=22)
+def test_results_stay_where_no_film_can_be_made(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "play_game", lambda *_: pytest.fail("it played"))
+    (tmp_path / "out/play.mp4").mkdir(parents=True)
+    (tmp_path / "out/results.json").write_text("of an evening")
+    assert main("--iter=1") == 1
+    assert (tmp_path / "out/results.json").read_text() == "of an evening"
+
+
+@pytest.mark.row(n=22)
+def test_folder_into_which_another_process_writes_is_refused(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watching, "play_game", lambda *_: pytest.fail("it played"))
+    (tmp_path / "out").mkdir()
+    with contextlib.ExitStack() as stack:
+        watching.keep_to_this_process(str(tmp_path / "out"), stack)
+        ended = main("--iter=1"), *capsys.readouterr()
+        assert refusal(ended, "a3c-test.py").startswith(f"--out: another a3c-test.py writes into '{tmp_path}/out'")
+    with contextlib.ExitStack() as stack:
+        watching.keep_to_this_process(str(tmp_path / "out"), stack)
 
 
 @pytest.mark.parametrize("flag", ["--iter=0", "--epsilon=nan", "--seed=-1", "--policy=best", "--ite=3"])
