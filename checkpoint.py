@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 import original
-from network import ActorCritic, SharedNetwork
+from network import CONVOLUTIONS, ActorCritic, SharedNetwork, first_shapes
 from progress import Progress
-from settings import CONFIG, check_path
+from settings import CONFIG, check_path, read_config
 from startup import UserError, as_user_error, reason, tf
 
 KEEP = 3  # numbered checkpoints that stay in a folder
@@ -58,7 +58,8 @@ class Saver:
             finally:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
         for old in numbered(self.folder)[KEEP:]:
-            _remove(old)
+            if old != path:  # which is not the newest by its number where others have been renamed
+                _remove(old)
         return path
 
     def resume(self, warn: Callable[[str], None]) -> str | None:
@@ -116,8 +117,8 @@ def _set_aside(path: str) -> None:
 
 
 def _set_aside_remains(folder: str, warn: Callable[[str], None]) -> None:
-    """Rename the table and the settings of a run whose checkpoints are gone, before a new run writes its own."""
-    paths = [os.path.join(folder, name) for name in ("progress.csv", CONFIG)]
+    """Rename the tables and the settings of a run whose checkpoints are gone, before a new run writes its own."""
+    paths = [os.path.join(folder, name) for name in ("progress.csv", CONFIG, "evaluation.csv", "evaluation")]
     with contextlib.suppress(OSError), open(paths[0], "rb") as table:
         if len(table.readlines()) > 1:
             number = next(n for n in itertools.count(1) if not any(os.path.exists(f"{path}.{n}") for path in paths))
@@ -155,13 +156,18 @@ def kinds_in(path: str) -> set[str]:
         return {name.partition("/")[0] for name, _ in tf.train.list_variables(path)}
 
 
-def layers_of(tensors: dict[str, np.ndarray]) -> dict:
-    """Return the arguments of `ActorCritic` that a checkpoint's weights tell of its network."""
-    convolution = tensors.get("weights/conv1", np.zeros(1))  # a network without conv1 does not fit
-    small = len(convolution) == 5
+def layers_of(tensors: dict[str, np.ndarray], network: str) -> dict:
+    """Return the arguments of `ActorCritic` that a checkpoint's weights tell of its network.
+
+    Of its convolutions they tell the shapes. It is `network` if that has these, or if no other has them.
+    """
+    filters = tensors.get("weights/conv1", np.zeros(1)).shape[-1]  # a network without conv1 does not fit
+    first = [name for name in tensors if name == "weights/hidden" or name.startswith("weights/conv")]
+    shapes = {name.removeprefix("weights/"): [*tensors[name].shape] for name in first}
+    alike = [name for name in CONVOLUTIONS if first_shapes(name, filters) == shapes]
     return {
-        "network": ("deep" if "weights/conv3" in tensors else "pooled") if small else "original",
-        "filters": convolution.shape[-1],
+        "network": network if network in alike or not alike else alike[0],
+        "filters": filters,
         "input_scale": "unit" if "weights/input" in tensors else "raw",
         "lstm": tensors.get("weights/lstm", np.zeros(0)).shape[-1] // 4,
         "last_action": "weights/action" in tensors,
@@ -183,8 +189,8 @@ def check_fits(
     different = [name for name in {**shapes, **was} if was.get(name) != shapes.get(name) and name not in but]
     if not different:
         return
-    has = layers_of(here)
-    needed = {name: value for name, value in layers_of(tensors).items() if value != has[name]}
+    has = layers_of(here, network.kind)
+    needed = {name: value for name, value in layers_of(tensors, network.kind).items() if value != has[name]}
     if "background" in needed:
         needed["subtract_background"] = needed.pop("background") > 0
     actions, now = was.get("weights/policy", [0])[-1], network.num_actions
@@ -199,9 +205,13 @@ def check_fits(
 def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[ActorCritic, int]:
     """Return a checkpoint's network and the number of its updates. Raises UserError if it is damaged or misfits.
 
-    Where the run has kept an average of the weights it is that, or else the `newest`.
+    Where the run has kept an average of the weights it is that, or else the `newest`. Of networks with weights of the
+    same shapes, it is the one that the config.json beside it names.
     """
-    network = ActorCritic(num_actions, **layers_of(read(path, or_original=True)[0]))
+    tensors, _ = read(path, or_original=True)
+    config = os.path.join(os.path.dirname(path), CONFIG)
+    name = read_config(config).get("network") if os.path.exists(config) else None
+    network = ActorCritic(num_actions, **layers_of(tensors, name if name in CONVOLUTIONS else "original"))
     return network, load_weights(path, network, newest)
 
 

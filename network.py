@@ -39,6 +39,15 @@ def choose_dtype(compute_dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def first_shapes(network: str, filters: int) -> dict[str, list[int]]:
+    """Return the shapes of a network's weights, by layer, from the first convolution to the hidden layer."""
+    shapes, side, depth = {}, FRAME_SIZE, 4
+    for number, (size, stride, multiple, pooled) in enumerate(CONVOLUTIONS[network], 1):
+        shapes[f"conv{number}"] = [size, size, depth, multiple * filters]
+        side, depth = math.ceil(side / stride / (1 + pooled)), multiple * filters  # SAME padding rounds up
+    return shapes | {"hidden": [side * side * depth, HIDDEN_UNITS]}
+
+
 class ActorCritic(tf.Module):
     """Convolutions, a hidden layer and, if asked for, an LSTM, followed by a policy head and a value head.
 
@@ -76,13 +85,8 @@ class ActorCritic(tf.Module):
     ):
         super().__init__()
         self.num_actions, self.compute_dtype = num_actions, tf.as_dtype(compute_dtype)
-        self.lstm, self.last_action = lstm, last_action
-        self.convolutions = CONVOLUTIONS[network]
-        shapes, side, depth = {}, FRAME_SIZE, 4
-        for number, (size, stride, multiple, pooled) in enumerate(self.convolutions, 1):
-            shapes[f"conv{number}"] = [size, size, depth, multiple * filters]
-            side, depth = math.ceil(side / stride / (1 + pooled)), multiple * filters  # SAME padding rounds up
-        shapes["hidden"] = [side * side * depth, HIDDEN_UNITS]
+        self.kind, self.lstm, self.last_action = network, lstm, last_action
+        self.convolutions, shapes = CONVOLUTIONS[network], first_shapes(network, filters)
         shapes["policy"], shapes["value"] = [lstm or HIDDEN_UNITS, num_actions], [lstm or HIDDEN_UNITS, 1]
         if lstm:
             shapes["lstm"] = [HIDDEN_UNITS + lstm, 4 * lstm]

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from conftest import ROOT, Resumable, equal, files, heads
 import checkpoint
 import settings
 from checkpoint import DATA, INDEX
-from network import SharedNetwork
+from network import CONVOLUTIONS, SharedNetwork
 from progress import Progress
 from startup import UserError, tf
 
@@ -94,6 +95,29 @@ def test_network_is_loaded_as_it_was_saved(tmp_path, layers):
     history = tf.constant(np.random.default_rng(0).integers(0, 2**32, [2, 84, 84], np.uint32))
     for mine, theirs in zip(heads(network, history), heads(run.shared, history), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_of_networks_with_weights_of_the_same_shapes_it_is_the_one_that_the_run_had(tmp_path, monkeypatch):
+    """As where a user adds one to CONVOLUTIONS."""
+    monkeypatch.setitem(CONVOLUTIONS, "twin", [(5, 4, 1, False), *CONVOLUTIONS["deep"][1:]])
+    monkeypatch.setitem(CONVOLUTIONS, "mine", [(5, 2, 1, True), (3, 1, 2, False)])
+    monkeypatch.setitem(CONVOLUTIONS, "wide", [(7, 2, 1, True), (3, 1, 2, False)])
+    (tmp_path / "config.json").write_text(json.dumps({"game": "Pong-v0", "network": "twin"}))
+    for name in ("twin", "mine", "wide"):
+        path = Resumable(tmp_path, filters=8, network=name).save(7)
+        assert checkpoint.load_network(path, 4)[0].kind == name
+    path = Resumable(tmp_path, filters=8, network="deep").save(7)
+    assert checkpoint.load_network(path, 4)[0].kind == "twin"  # as it says
+    (tmp_path / "config.json").unlink()
+    assert checkpoint.load_network(path, 4)[0].kind == "deep"
+
+
+def test_save_is_kept_whatever_number_others_have_been_given(saved, tmp_path):
+    for number in (7000, 8000, 9000):
+        for suffix in (INDEX, DATA):
+            shutil.copy(tmp_path / f"model.ckpt-20{suffix}", tmp_path / f"model.ckpt-{number}{suffix}")
+    path = small(tmp_path).save(40)
+    assert path in checkpoint.numbered(str(tmp_path))
 
 
 def test_average_of_a_run_is_played_and_goes_on_with_it(tmp_path):
