@@ -28,7 +28,7 @@ from groups import Groups, run_folder
 from network import SharedNetwork, choose_dtype
 from progress import Progress
 from report import Report
-from settings import Count, CountOrZero, Epsilon, Fraction, Positive, PositiveFraction, PositiveOrZero, Size, Steps
+from settings import Count, CountOrZero, Fraction, Positive, PositiveFraction, PositiveOrZero, Size, Steps, Unroll
 from startup import UserError, tf
 
 
@@ -48,7 +48,7 @@ class Config:
     num_threads: Size = 4  # groups of games, each with a thread and a copy of the network
     agents_per_thread: Size = 64  # games in a group
     ray_address: str | None = None  # games on a Ray cluster: auto, local, HOST:PORT, ray://HOST:PORT; docs/scaling.md
-    unroll_step: Count = 5  # agent steps of each game per update
+    unroll_step: Unroll = 5  # agent steps of each game per update
     max_agent_steps: Steps = 320_000_000  # agent steps in all: the original's 1,000,000 updates
     max_iteration: Count | None = None  # updates in all; None is no limit
     frameskip: Count | None = None  # emulator frames per agent step; None is the game's own
@@ -66,7 +66,7 @@ class Config:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # each has its own best learning_rate
     decay: Fraction = 0.99  # of RMSProp's mean square, per update
     rmsprop_epsilon: Positive = 1e-10  # added to the mean square, inside the root
-    adam_epsilon: Epsilon = 1e-5  # added to Adam's root of the mean square
+    adam_epsilon: Positive = 1e-5  # added to Adam's root of the mean square
     grad_clip: Positive | None = 0.1  # limit of each gradient tensor's L2 norm / number of elements; None: no limit
     global_clip: Positive | None = None  # limit of the L2 norm of all gradients together; None: no limit
     entropy_beta: PositiveOrZero = 0.01  # weight of the policy's entropy in the loss, at the start
@@ -257,11 +257,13 @@ def main() -> int:
     signals, flags = [], sys.argv[1:]
     with startup.uninterrupted(signals.append):
         try:
-            given = given_to_run(parse_config(flags).folder)  # the folder must be known before the run's settings are
+            folder = parse_config(flags).folder  # must be known before what its run was given, such as another game
+            given = given_to_run(folder)
             if given is not None and "preset" in settings.names_in(flags):
                 print("--preset is for new runs, and does nothing here. For a new run use another --log_dir")
             given_now = {*(given or ()), *settings.names_in(flags)} - {"log_dir"}
-            return _train(parse_config(flags, given), signals, given_now)
+            config = parse_config(flags, given if given is None else {**given, "log_dir": folder})
+            return _train(config, signals, given_now)
         except UserError as error:
             print(f"a3c.py: error: {error}", file=sys.stderr)
         except Exception as error:

@@ -31,8 +31,8 @@ Count = Annotated[int, Bounds(1)]
 Size = Annotated[int, Bounds(1, 4096)]  # of what is built one by one: a game takes 65 ms, and no signal ends that
 Steps = Annotated[int, Bounds(1, 10**15)]
 CountOrZero = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(math.ulp(0.0))]
-Epsilon = Annotated[float, Bounds(1e-30)]  # stays above zero in float32
+Unroll = Annotated[int, Bounds(1, 256)]  # of what the graph has one by one: 0.1 s each, and no signal ends that
+Positive = Annotated[float, Bounds(1e-30)]  # stays above zero in float32
 PositiveOrZero = Annotated[float, Bounds(0.0)]
 Fraction = Annotated[float, Bounds(0.0, 1.0)]
 PositiveFraction = Annotated[float, Bounds(math.ulp(0.0), 1.0)]
@@ -86,8 +86,9 @@ def read_config(path: str) -> dict:
     """Return what a run's `config.json` says. Raises UserError if it is missing or damaged."""
     try:
         config = json.loads(Path(path).read_text())
-        lists = config.get("given", []), config.get("history", [])
-        if not (isinstance(config["game"], str) and all(isinstance(x, list) for x in lists)):  # what everything needs
+        given, history = config.get("given", []), config.get("history", [])
+        texts = [config["game"], *given]  # what everything needs
+        if not (isinstance(given, list) and isinstance(history, list) and all(isinstance(x, str) for x in texts)):
             raise ValueError("it is not as this program wrote it")
         if "annealing" in config:  # of an older version, whose lengths counted updates
             batch = config["agents_per_thread"] * config["unroll_step"]
@@ -97,7 +98,7 @@ def read_config(path: str) -> dict:
                     config[name] = config[was] * batch
             if "given" in config:
                 config["given"] = [*config["given"], *lengths]
-        if "anneal_entropy" in config:  # of a version between that and this one: the entropy fell along with the learning rate
+        if "anneal_entropy" in config:  # of one between: the entropy fell along with the learning rate
             length = config.get("annealing_steps") or config["max_agent_steps"] // 2
             config["entropy_annealing_steps"] = length if config["anneal_entropy"] else None
             if "anneal_entropy" in config.get("given", []):

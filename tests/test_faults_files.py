@@ -99,6 +99,17 @@ def test_run_whose_entropy_fell_along_with_the_learning_rate_keeps_its_schedule(
 
 
 @pytest.mark.row(n=28)
+def test_run_of_another_game_is_resumed_in_the_folder_that_was_asked_for(main, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    games = []
+    monkeypatch.setattr(groups.Groups, "run", lambda self, game, _: (games.append(game.id), self.saver.save(), 0)[-1])
+    assert main("--game=Pong-v0", "--log_dir=log/Breakout-v0")[0] == 0
+    assert main()[0] == 0
+    assert games == ["Pong-v0", "Pong-v0"]
+    assert os.listdir("log") == ["Breakout-v0"]
+
+
+@pytest.mark.row(n=28)
 def test_flag_with_which_a_run_cannot_go_on_does_not_stay_with_it(trained_copy, main, monkeypatch):
     before = config_of(trained_copy)
 
@@ -116,18 +127,28 @@ def test_new_run_does_not_write_over_the_table_and_the_settings_of_one_whose_che
     for path in trained_copy.glob("*.ckpt*"):
         path.unlink()
     (trained_copy / "config.json.1").touch()
+    (trained_copy / "evaluation.csv").write_text("of games that its saves have played")
     status, output, _ = play("--max_iteration=2")
     assert status == 0
     for name, text in before.items():
         assert (trained_copy / f"{name}.2").read_text() == text
         assert f"{trained_copy}/{name} is of a run whose checkpoints are gone: renamed to" in output
+    assert not (trained_copy / "evaluation.csv").exists()
     assert config_of(trained_copy)["history"] == []
     assert "renamed" not in play("--max_iteration=3")[1]
 
 
 @pytest.mark.row(n=33)
 @pytest.mark.parametrize(
-    "content", ["[]", "[" * 10_000, '{"game": 5}', '{"game": "a", "given": 5}', '{"game": "a", "history": {}}']
+    "content",
+    [
+        "[]",
+        "[" * 10_000,
+        '{"game": 5}',
+        '{"game": "a", "given": 5}',
+        '{"game": "a", "given": [["a"]]}',
+        '{"game": "a", "history": {}}',
+    ],
 )
 def test_settings_that_something_else_has_changed_are_named(trained_copy, main, no_training, content):
     (trained_copy / "config.json").write_text(content)
