@@ -35,6 +35,7 @@ HIGH, LOW, PADDLE_Y = 90, 165, 177  # of BALL_Y: a ball is looked at from HIGH o
 UNIT = 20.0  # pixels: what a network has to say is about as large as the values that it says in training
 BATCH, TEST = 64, 0.15  # balls of an update; share of the pictures, the last ones, that are kept for the test
 SHARE = 0.5  # of the pictures that are kept: those of one ball are much alike
+PATIENCE = 3_000  # steps without a picture, about ten games: a weak agent meets no fast balls
 
 
 class Fall(gymnasium.Wrapper):
@@ -72,7 +73,7 @@ def watch(model: str, pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """Let an agent play until there are so many pictures.
 
     Returns histories [N, 84, 84] uint32, distances [N] float32 from the paddle's left end to where the ball comes down,
-    in UNITs, and whether the paddle was narrow, [N] bool.
+    in UNITs, and whether the paddle was narrow, [N] bool. Raises UserError if the agent cannot be played or meets none.
     """
     game, known = find_game("Breakout-v0"), []
     network, _ = checkpoint.load_network(checkpoint.resolve(model), game.num_actions)
@@ -83,6 +84,7 @@ def watch(model: str, pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     is_first, actions = np.ones(len(envs), bool), np.zeros(len(envs), np.int32)
     rng = np.random.default_rng(0)
     with tqdm(total=pictures, unit="picture", dynamic_ncols=True) as bar:
+        steps_without = 0
         while len(known) < pictures:
             history, state, logits, _ = graph(history, state, actions, screens, is_first)
             seen = history.numpy()
@@ -93,6 +95,9 @@ def watch(model: str, pictures: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
                 is_first[index] = terminated or truncated
                 if is_first[index]:
                     screens[index], _ = env.reset()
+            steps_without = 0 if len(known) > bar.n else steps_without + 1
+            if steps_without == PATIENCE:
+                raise UserError(f"{model} meets no fast balls: let a better agent play")
             bar.update(len(known) - bar.n)
     histories, distances, narrow = zip(*known, strict=True)
     return np.stack(histories), np.array(distances, np.float32), np.array(narrow)

@@ -180,7 +180,6 @@ def sweep(arguments: argparse.Namespace, flags: list[str]) -> list[dict]:
     """Time each number of threads with each of games per thread, each in a process of its own; draw the result."""
     points, kind = [], "network_agents" if arguments.network_alone else "training_agents"
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    axes.figure.savefig(arguments.sweep)  # refuses a wrong path before the minutes that the sweep takes
     for games in arguments.sweep_games:
         rates = []
         for threads in arguments.sweep_threads:
@@ -213,12 +212,14 @@ def main() -> None:
         parser.error("--seconds and --rounds must be above 0")
     if min(*arguments.sweep_threads, *arguments.sweep_games) < 1:
         parser.error("--sweep_threads and --sweep_games must be above 0")
+    if arguments.sweep and not arguments.sweep.endswith(".png"):
+        parser.error("--sweep draws a file whose name ends with .png")
     if arguments.network_alone and not arguments.sweep:
         parser.error("--network_alone is for --sweep; without it, the network alone is always timed too")
     config = a3c.parse_config(flags)
     game, device = a3c.game_and_device(config)
-    if arguments.json:
-        open(arguments.json, "a").close()  # refuses a wrong path before the minutes that the rounds take
+    for path in filter(None, (arguments.json, arguments.sweep)):
+        open(path, "a").close()  # refuses a wrong path before the minutes that the rounds take
     if arguments.sweep:
         results = {"sweep": sweep(arguments, flags), "network_alone": arguments.network_alone, "flags": flags}
     else:

@@ -39,18 +39,40 @@ class Trial(NamedTuple):
 
 
 def read_list(path: str) -> dict[str, str]:
-    """Return the flags by name. Raises ValueError on a line without a colon or with a name that was there before."""
-    found = {}
+    """Return the flags by name. Raises ValueError on a line without a colon or with a name that was there before.
+
+    Names that differ only by what `folder_of` makes of them count as the same.
+    """
+    found, folders = {}, set()
     with open(path) as file:
         for line in file:
             line = line.partition("#")[0].strip()
             name, colon, flags = line.partition(":")
-            if line and (not colon or name in found):
+            if line and (not colon or folder_of(name, 1) in folders):
                 raise ValueError(f"{path}: {line!r} must be a new name, a colon and flags")
             shlex.split(flags)  # raises ValueError where a quote is not closed
             if line:
                 found[name] = flags.strip()
+                folders.add(folder_of(name, 1))
     return found
+
+
+def folder_of(name: str, seed: int) -> str:
+    """Return the name of a run's folder."""
+    return f"{name.replace(' ', '-')}-{seed}"
+
+
+def prepare(log_dir: str, trials: list[Trial]) -> None:
+    """Make the runs' folders. Raises ValueError if one has a run that was begun with other flags, which it keeps."""
+    for trial in trials:
+        path = os.path.join(log_dir, folder_of(trial.name, trial.seed), "flags.txt")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "a+") as file:
+            file.seek(0)
+            if (begun_with := file.read()) not in ("", trial.flags):
+                folder = os.path.dirname(path)
+                raise ValueError(f"{folder} has a run with other flags ({begun_with}). Use another name or --log_dir")
+            file.write("" if begun_with else trial.flags)
 
 
 def known(rows: list[dict], column: str) -> list[float]:
@@ -79,7 +101,6 @@ def summary(rows: list[dict], steps: int = 0) -> dict:
 
 def run(trial: Trial, log_dir: str, steps: int, cores: list[int], stop: threading.Event) -> dict | None:
     """Train on these cores until `steps`; return the trial's row, or None where `stop` came first."""
-    os.makedirs(log_dir, exist_ok=True)
     own = [f"--max_agent_steps={steps}", f"--random_seed={trial.seed}", f"--log_dir={log_dir}", "--device=cpu"]
     flags = shlex.split(trial.flags) if "--preset" in trial.flags else [ANNEALING, *shlex.split(trial.flags)]
     status = follow(["a3c.py", *flags, *own], cores, f"{log_dir}/output.txt", stop)
@@ -152,21 +173,23 @@ def main() -> None:
     parser.add_argument("--out", default="docs/experiments.csv", help="table to add to (%(default)s)")
     parser.add_argument("--log_dir", default="log/experiments", help="folder of the runs' folders (%(default)s)")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error("--steps must be above 0")
+    log_dir = os.path.abspath(arguments.log_dir)  # a3c.py runs in another folder than this may
     try:
         configurations = read_list(arguments.list)
         names = arguments.only or list(configurations)
         trials = [Trial(name, configurations[name], seed) for seed in arguments.seeds for name in names]
         rows = read_table(arguments.out, COLUMNS)
-        os.makedirs(arguments.log_dir, exist_ok=True)
+        have = {(row["name"], int(row["seed"])) for row in rows if steps_of(row) >= arguments.steps}
+        trials = [trial for trial in trials if (trial.name, trial.seed) not in have]
+        prepare(log_dir, trials)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"experiments.py: error: {error}")
-    have = {(r["name"], int(r["seed"])) for r in rows if int(r["agent_steps"] or 0) >= arguments.steps}
 
     def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
-        log_dir = os.path.join(arguments.log_dir, f"{trial.name.replace(' ', '-')}-{trial.seed}")
-        return run(trial, log_dir, arguments.steps, cores, stop)
+        return run(trial, os.path.join(log_dir, folder_of(trial.name, trial.seed)), arguments.steps, cores, stop)
 
-    trials = [trial for trial in trials if (trial.name, trial.seed) not in have]
     on_all_cores(trials, run_trial, lambda row: write(arguments.out, row, COLUMNS))
 
 
@@ -180,10 +203,18 @@ def read_table(path: str, columns: list[str]) -> list[dict]:
     return rows
 
 
+def steps_of(row: dict) -> int:
+    """Return the agent steps of a row of a table, 0 where none are known. Spreadsheets write 1E+07."""
+    return int(float(row.get("agent_steps") or 0))
+
+
 def write(path: str, row: dict, columns: list[str]) -> None:
-    """Add a row, in place of the one that the same trial had with fewer steps."""
-    same = (row["name"], str(row["seed"]))
-    rows = [old for old in read_rows(path, whole=True) if (old["name"], old["seed"]) != same]
+    """Add a row, in place of the one that the same trial had; not where that has more steps, as if this has failed."""
+    rows = read_rows(path, whole=True)
+    same = [old for old in rows if (old["name"], old["seed"]) == (row["name"], str(row["seed"]))]
+    if any(steps_of(old) > steps_of(row) for old in same):
+        return
+    rows = [old for old in rows if old not in same]
     with open(f"{path}.new", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

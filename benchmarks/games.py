@@ -13,7 +13,7 @@ import sys
 import threading
 
 import a3c
-from benchmarks.experiments import Trial, follow, on_all_cores, read_table, run, write
+from benchmarks.experiments import Trial, folder_of, follow, on_all_cores, prepare, read_table, run, steps_of, write
 
 GAMES = ("BeamRider", "Breakout", "Enduro", "Pong", "Qbert", "Seaquest", "SpaceInvaders")
 FRAMES = "--frameskip=4"
@@ -26,7 +26,7 @@ def train_and_play(
     trial: Trial, folder: str, steps: int, games: int, cores: list[int], stop: threading.Event
 ) -> dict | None:
     """Train until `steps`, then play; return the row, or None where `stop` came first."""
-    log_dir = os.path.join(folder, f"{trial.name}-{trial.seed}")
+    log_dir = os.path.join(folder, folder_of(trial.name, trial.seed))
     row = run(trial, log_dir, steps, cores, stop)
     if not row or row["ended"] != "done":
         return row
@@ -53,24 +53,26 @@ def main() -> None:
     parser.add_argument("--out", help="table to add to (results/games-PRESET.csv)")
     parser.add_argument("--log_dir", help="folder of the runs' folders (log/games-PRESET)")
     arguments = parser.parse_args()
+    if min(arguments.steps, arguments.play) < 1:
+        parser.error("--steps and --play must be above 0")
     out = arguments.out or f"results/games-{arguments.preset}.csv"  # each preset has its own
-    folder = arguments.log_dir or f"log/games-{arguments.preset}"
+    folder = os.path.abspath(arguments.log_dir or f"log/games-{arguments.preset}")  # a3c.py may run in another
+    flags = f"--preset={arguments.preset} {FLAGS} --game="
     try:
-        rows = read_table(out, COLUMNS)
-        os.makedirs(folder, exist_ok=True)
+        have = {
+            (row["name"], int(row["seed"]))
+            for row in read_table(out, COLUMNS)
+            if row["ended"] == "done" and steps_of(row) >= arguments.steps and int(row["games"]) >= arguments.play
+        }
+        trials = [
+            Trial(game, f"{flags}{game}NoFrameskip-v4", seed)
+            for seed in arguments.seeds
+            for game in arguments.games
+            if (game, seed) not in have
+        ]
+        prepare(folder, trials)
     except (OSError, ValueError) as error:
         sys.exit(f"games.py: error: {error}")
-    have = {
-        (row["name"], int(row["seed"]))
-        for row in rows
-        if row["ended"] == "done" and int(row["agent_steps"]) >= arguments.steps and int(row["games"]) >= arguments.play
-    }
-    trials = [
-        Trial(game, f"--preset={arguments.preset} {FLAGS} --game={game}NoFrameskip-v4", seed)
-        for seed in arguments.seeds
-        for game in arguments.games
-        if (game, seed) not in have
-    ]
 
     def run_trial(trial: Trial, cores: list[int], stop: threading.Event) -> dict | None:
         return train_and_play(trial, folder, arguments.steps, arguments.play, cores, stop)

@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="train with added latency; a3c.py's flags may follow")
     parser.add_argument("--seconds", type=float, default=6, help="of each measurement (%(default)s)")
     arguments, flags = parser.parse_known_args()
+    if not (arguments.draw or arguments.measure) or (flags and not arguments.measure):
+        parser.error(f"--draw PNG or --measure is needed{f' for {flags[0]}' if flags else ''}")
     if arguments.draw:
         draw(arguments.draw)
     if arguments.measure:

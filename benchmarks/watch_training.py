@@ -7,7 +7,6 @@ of TensorBoard under `evaluation`, and a folder `evaluation/N` with `results.jso
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -18,6 +17,7 @@ import time
 import checkpoint
 import startup
 from benchmarks.common import REPOSITORY, read_rows
+from settings import names_in
 from startup import UserError, as_user_error, tf
 
 COLUMNS = ["iteration", "agent_steps", "episodes", "seconds", "games", "average_score", "maximum_score"]
@@ -69,12 +69,15 @@ def main() -> None:
         parser.error(f"{args.folder} is not a folder of a run")
     if min(args.games, args.every) < 1:
         parser.error("--games and --every must be above 0")
+    if own := names_in(flags) & {"model", "out", "iter"}:
+        parser.error(f"{', '.join(f'--{name}' for name in sorted(own))}: this program says that itself")
     how = "" if args.once else "; Ctrl-C ends this"
     print(f"{args.games} games with each new save in {args.folder}, by the greedy policy unless told{how}", flush=True)
     os.nice(19)
     table = os.path.join(args.folder, "evaluation.csv")
-    with tf.device(startup.choose_device("cpu")):  # takes nothing of a GPU
-        curves = tf.summary.create_file_writer(os.path.join(args.folder, "evaluation"))
+    evaluations = os.path.join(args.folder, "evaluation")
+    with as_user_error(f"cannot write into {evaluations}"), tf.device(startup.choose_device("cpu")):  # no GPU
+        curves = tf.summary.create_file_writer(evaluations)
     try:
         next_at = max((int(row["agent_steps"]) + args.every for row in read_rows(table)), default=0)
     except (OSError, KeyError, ValueError) as error:
@@ -106,5 +109,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         main()
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        sys.exit(f"watch_training: error: {error}")

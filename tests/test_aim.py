@@ -5,12 +5,14 @@ import types
 import gymnasium
 import numpy as np
 import pytest
+from conftest import Resumable
 from test_misses import follow
 
 import a3c
 from benchmarks import aim
 from benchmarks.misses import BALL_Y, FASTEST, SPEED_Y, WIDTH
 from environment import find_game, make_watching_env
+from startup import UserError
 
 
 class Memory(gymnasium.Env):
@@ -63,6 +65,13 @@ def test_each_picture_of_a_fast_ball_is_known_with_its_way_to_where_that_comes_d
 )
 def test_other_balls_are_not_known(monkeypatch, moments):
     assert known(moments, monkeypatch) == []
+
+
+def test_agent_that_meets_no_fast_balls_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(aim, "PATIENCE", 20)
+    path = Resumable(tmp_path, filters=1).save(3)
+    with pytest.raises(UserError, match=f"{path} meets no fast balls"):
+        aim.watch(path, 10)
 
 
 def test_balls_are_hit_where_it_says():

@@ -83,6 +83,15 @@ def test_group_of_the_scaling_model_has_no_more_cores_than_a_host():
     assert many[0] < many[1] <= many[2]
 
 
+@pytest.mark.parametrize("flags", [[], ["--drow=x.png"], ["--draw=x.png", "--num_threads=2"]])
+def test_scaling_says_what_it_needs(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
+    monkeypatch.setattr(scaling, "draw", lambda _: pytest.fail("it drew"))
+    with pytest.raises(SystemExit, match="2"):
+        scaling.main()
+    assert "--draw PNG or --measure is needed" in capsys.readouterr().err
+
+
 def test_line_that_is_still_being_written_is_no_row(tmp_path):
     path = tmp_path / "progress.csv"
     assert common.read_rows(str(path)) == []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, ended
@@ -136,7 +137,13 @@ def test_marks_are_means_of_the_scores_up_to_them_and_empty_where_the_run_ended_
 
 
 @pytest.mark.parametrize(
-    "text, said", [("no colon", "no colon"), ("twice: --a\ntwice: --b", "twice"), ("x: --game='A", "No closing")]
+    "text, said",
+    [
+        ("no colon", "no colon"),
+        ("twice: --a\ntwice: --b", "twice"),
+        ("a b: --a\na-b: --b", "a-b"),
+        ("x: --game='A", "No closing"),
+    ],
 )
 def test_list_that_cannot_be_read_is_refused(tmp_path, text, said):
     (tmp_path / "list.txt").write_text(text)
@@ -158,6 +165,55 @@ def test_table_that_cannot_be_added_to_is_refused_before_anything_is_trained(tmp
     with pytest.raises(SystemExit, match=r"^(experiments|games)\.py: error: "):
         program.main()
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("program", [experiments, games])
+def test_run_that_was_begun_with_other_flags_is_not_taken_for_another(tmp_path, monkeypatch, program):
+    monkeypatch.chdir(tmp_path)
+    began = []
+    monkeypatch.setattr(program, "on_all_cores", lambda trials, *_: began.extend(trials))
+
+    def begin(flags):
+        Path("list.txt").write_text(f"Pong: --preset {flags}")
+        words = ["list.txt"] if program is experiments else ["--games=Pong", f"--preset={flags}"]
+        monkeypatch.setattr(sys, "argv", ["x.py", *words, "--out=table.csv", "--log_dir=runs"])
+        program.main()
+        return [trial.name for trial in began]
+
+    assert begin("fast") == ["Pong"]
+    assert begin("fast") == ["Pong", "Pong"]
+    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/runs/Pong-1 has a run with other flags \(--preset.fast"):
+        begin("strong")
+    assert len(began) == 2
+
+
+def test_runs_are_in_the_folder_that_was_named_and_not_where_the_program_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("tiny: --filters 1")
+    monkeypatch.setattr(sys, "argv", ["x.py", "list.txt", "--out=table.csv", "--log_dir=runs"])
+    ran = []
+    monkeypatch.setattr(experiments, "follow", lambda words, *_: ran.append(words) or 2)
+    experiments.main()
+    assert f"--log_dir={tmp_path}/runs/tiny-1" in ran[0]
+
+
+def test_row_stays_where_a_longer_run_of_the_same_has_failed_and_spreadsheets_may_save_it(tmp_path):
+    columns, path = ["name", "seed", "agent_steps", "ended"], str(tmp_path / "table.csv")
+    rows = [{"name": name, "seed": "1", "agent_steps": "4E+01", "ended": "done"} for name in "ab"]
+    for row in rows:
+        write(path, row, columns)
+    write(path, {"name": "a", "seed": 1, "agent_steps": "", "ended": "failed"}, columns)
+    assert read_rows(path) == rows
+    write(path, {"name": "a", "seed": 1, "agent_steps": 41, "ended": "done"}, columns)
+    assert [(row["name"], row["agent_steps"]) for row in read_rows(path)] == [("b", "4E+01"), ("a", "41")]
+
+
+@pytest.mark.parametrize("program", [experiments, games])
+def test_run_of_no_steps_is_refused(monkeypatch, capsys, program):
+    monkeypatch.setattr(sys, "argv", ["x.py", *["list.txt"] * (program is experiments), "--steps=0"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "must be above 0" in capsys.readouterr().err
 
 
 def test_what_goes_wrong_with_a_trial_is_raised_in_the_end(monkeypatch):

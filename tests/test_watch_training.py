@@ -66,6 +66,13 @@ def test_each_checkpoint_is_played_once_and_noted_in_table_and_curves(tmp_path, 
     assert list(columns["agent_steps"]) == [300, 400]
 
 
+@pytest.mark.parametrize("flag", ["--out=elsewhere", "--iter=1", "--model=another"])
+def test_flag_that_would_make_its_row_of_something_else_is_refused(watch_once, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        watch_once(flag)
+    assert flag.partition("=")[0] + ": this program says that itself" in capsys.readouterr().err
+
+
 @pytest.mark.row(n=11)
 def test_checkpoint_that_cannot_be_played_is_named(tmp_path, watch_once):
     path = Resumable(tmp_path, filters=1, num_actions=6).save(30)
