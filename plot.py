@@ -156,6 +156,9 @@ def main() -> None:
             draw(runs, references, os.path.join(out, name))
     except (OSError, UserError) as error:
         sys.exit(f"plot.py: error: {error}")
+    for name, run in runs:
+        if np.isnan(run["average_score"]).all():
+            print(f"{name.encode(errors='replace').decode()}: no game has ended yet, so there is no score to draw")
     print(("wrote " + " and ".join(os.path.join(out, name) for name in drawn)).encode(errors="replace").decode())
 
 

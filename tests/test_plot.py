@@ -18,7 +18,9 @@ def test_run_without_a_finished_game_or_with_negative_scores_is_drawn(tmp_path, 
     row = f"0,1.5,{scores},0,0,1,1,0.1,20"
     (tmp_path / "progress.csv").write_text(f"{HEADER}\n5,100,{row}\n10,200,{row}\n")
     draw(tmp_path)
-    assert capfd.readouterr().err == ""
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert ("no game has ended yet" in printed.out) == ("nan" in scores)
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
     if "nan" not in scores:
         low, high = figures[0].axes[0].get_ylim()
