@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import REPOSITORY, read_rows
@@ -65,14 +66,12 @@ def folder_of(name: str, seed: int) -> str:
 def prepare(log_dir: str, trials: list[Trial]) -> None:
     """Make the runs' folders. Raises ValueError if one has a run that was begun with other flags, which it keeps."""
     for trial in trials:
-        path = os.path.join(log_dir, folder_of(trial.name, trial.seed), "flags.txt")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "a+") as file:
-            file.seek(0)
-            if (begun_with := file.read()) not in ("", trial.flags):
-                folder = os.path.dirname(path)
-                raise ValueError(f"{folder} has a run with other flags ({begun_with}). Use another name or --log_dir")
-            file.write("" if begun_with else trial.flags)
+        folder = Path(log_dir, folder_of(trial.name, trial.seed))
+        flags, has_run = folder / "flags.txt", any(folder.glob("*.ckpt*"))
+        if has_run and flags.exists() and (others := flags.read_text()) != trial.flags:
+            raise ValueError(f"{folder} has a run with other flags ({others}). Use another name or --log_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags.write_text(trial.flags)
 
 
 def known(rows: list[dict], column: str) -> list[float]:

@@ -180,11 +180,13 @@ def test_run_that_was_begun_with_other_flags_is_not_taken_for_another(tmp_path, 
         program.main()
         return [trial.name for trial in began]
 
-    assert begin("fast") == ["Pong"]
-    assert begin("fast") == ["Pong", "Pong"]
+    assert begin("a-typo" if program is experiments else "original") == ["Pong"]  # it made no save
+    assert begin("fast") == ["Pong"] * 2
+    Path("runs/Pong-1/last.ckpt.index").touch()
+    assert begin("fast") == ["Pong"] * 3
     with pytest.raises(SystemExit, match=rf"error: {tmp_path}/runs/Pong-1 has a run with other flags \(--preset.fast"):
         begin("strong")
-    assert len(began) == 2
+    assert len(began) == 3
 
 
 def test_runs_are_in_the_folder_that_was_named_and_not_where_the_program_is(tmp_path, monkeypatch):
