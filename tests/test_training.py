@@ -188,7 +188,7 @@ def test_run_that_has_come_to_its_end_says_so(run_copy, tmp_path, no_training, l
     [
         ("--game=Tennis-v0", "holds a run of Breakout-v0. Use --log_dir"),
         ("--game=Breakout-v4", "holds a run of"),
-        ("--preset=fast", "is of another network"),
+        ("--network=deep", "is of another network"),
     ],
 )
 def test_run_of_another_game_or_network_is_refused(run_copy, tmp_path, no_training, flag, said):
