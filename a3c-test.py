@@ -10,7 +10,6 @@ import startup  # isort: skip  # first: it checks the packages and sets TensorFl
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import operator
@@ -173,12 +172,7 @@ def keep_to_this_process(folder: str, stack: contextlib.ExitStack) -> None:
     """Raise UserError if another process writes its games into a folder; let none do so until `stack` is closed."""
     descriptor = os.open(folder, os.O_RDONLY)
     stack.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out: another a3c-test.py writes into {folder!r}. Name another folder") from None
-    except OSError:  # not every file system has locks
-        pass
+    startup.lock(descriptor, f"--out: another a3c-test.py writes into {folder!r}. Name another folder")
 
 
 def watch(flags: Flags, signals: Sequence[int]) -> None:

@@ -208,16 +208,22 @@ def load_network(path: str, num_actions: int, newest: bool = False) -> tuple[Act
     Where the run has kept an average of the weights it is that, or else the `newest`. Of networks with weights of the
     same shapes, it is the one that the config.json beside it names.
     """
-    tensors, _ = read(path, or_original=True)
+    tensors, iteration = read(path, or_original=True)
     config = os.path.join(os.path.dirname(path), CONFIG)
     name = read_config(config).get("network") if os.path.exists(config) else None
     network = ActorCritic(num_actions, **layers_of(tensors, name if name in CONVOLUTIONS else "original"))
-    return network, load_weights(path, network, newest)
+    _assign(tensors, network, path, newest)
+    return network, iteration
 
 
 def load_weights(path: str, network: ActorCritic, newest: bool = False) -> int:
     """Give a network a checkpoint's weights; return the number of its updates. As `load_network`."""
     tensors, iteration = read(path, or_original=True)
+    _assign(tensors, network, path, newest)
+    return iteration
+
+
+def _assign(tensors: dict[str, np.ndarray], network: ActorCritic, path: str, newest: bool) -> None:
     check_fits(tensors, network, path, but=["biases/input"])  # the background is not learnt: each game has its own
     for kind, layers in (("weights", network.weights), ("biases", network.biases)):
         for layer, variable in layers.items():
@@ -226,7 +232,6 @@ def load_weights(path: str, network: ActorCritic, newest: bool = False) -> int:
     if "averages/0" in tensors and not newest:
         for index, variable in enumerate(network.trainable_variables):
             variable.assign(tensors[f"averages/{index}"])
-    return iteration
 
 
 def resolve(path: str) -> str:

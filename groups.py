@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import secrets
 import threading
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+import startup
 from async_agent import GroupAgent
 from checkpoint import LAST, Saver
 from environment import FRAME_SIZE, Game, make_training_envs
@@ -45,11 +45,7 @@ def run_folder(folder: str) -> Iterator[Callable[[], None]]:
         os.makedirs(folder, exist_ok=True)
         lock = open(path, "a")  # noqa: SIM115
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except BlockingIOError:
-            raise UserError(f"log_dir = {folder!r}: another run is using it") from None
-        except OSError:  # not every file system has locks
+        if not startup.lock(lock, f"log_dir = {folder!r}: another run is using it"):
             print(f"{path} cannot be locked here: let no other run use this folder, else this one ends")
         with as_user_error(f"log_dir = {folder!r}"):
             lock.truncate(0)

@@ -1,6 +1,7 @@
 """What every command does first and last: packages, a quiet import, the device; output, signals, the end."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import math
 import os
@@ -39,6 +40,20 @@ def reason(error: Exception) -> str:
     """Return in one line why the system or TensorFlow refused something."""
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)
     return re.sub(r"^\{\{.*?\}\} *", "", (text or type(error).__name__).splitlines()[0])  # {{node of its graph}}
+
+
+def lock(file, refusal: str) -> bool:
+    """Keep an open file or folder for this process, until it is closed; return False where no file can be locked.
+
+    Raises UserError, with the refusal, if another process keeps it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError:  # not every file system has locks
+        return False
+    return True
 
 
 def check_packages(required: dict[str, str] = REQUIRED) -> None:

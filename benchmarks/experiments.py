@@ -44,17 +44,16 @@ def read_list(path: str) -> dict[str, str]:
 
     Names that differ only by what `folder_of` makes of them count as the same.
     """
-    found, folders = {}, set()
+    found = {}
     with open(path) as file:
         for line in file:
             line = line.partition("#")[0].strip()
             name, colon, flags = line.partition(":")
-            if line and (not colon or folder_of(name, 1) in folders):
+            if line and (not colon or folder_of(name, 1) in {folder_of(other, 1) for other in found}):
                 raise ValueError(f"{path}: {line!r} must be a new name, a colon and flags")
             shlex.split(flags)  # raises ValueError where a quote is not closed
             if line:
                 found[name] = flags.strip()
-                folders.add(folder_of(name, 1))
     return found
 
 
